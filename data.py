@@ -1,0 +1,262 @@
+"""Data: the embedded `shapes` set, any folder or timm data set, and batches that are the same on every machine.
+
+What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up
+a global batch on (seed, epoch) alone: not on the number of processes, data workers or former interruptions.
+"""
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+
+# ----------------------------------------------------------------------------------------------------
+# shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
+
+SHAPES = ("disk", "square", "triangle", "ring", "star")
+TEXTURES = ("gradient", "stripes", "checker", "noise")
+SIZE = 32
+
+
+def draw_shapes(count, split="train", seed=0):
+    """Draw images 0..count-1 of a split. Image i depends on (seed, split, i) only; its class is i mod 20.
+
+    Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core.
+    """
+    splits = {"train": 0, "val": 1}
+    # Row i of a generator's table is the same however many rows are drawn.
+    table = np.random.default_rng([seed, splits[split], 0])
+    pixels = np.random.default_rng([seed, splits[split], 1])
+    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
+    chunks = [_draw(table.random((len(part), 43), np.float32), pixels.random((len(part), 2, SIZE, SIZE), np.float32), part)
+              for part in np.array_split(labels, max(1, count // 1000))]
+    return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def _draw(table, pixels, labels):
+    """The formula: float32 table [n, 43] and pixels [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
+    columns = iter(table.T)
+    ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
+    rows, shape, texture = np.arange(len(labels)), *divmod(labels, len(TEXTURES))
+
+    def uniform(low, high):                                             # a number for each image: [n, 1, 1]
+        return low + (high - low) * next(columns)[:, None, None]
+
+    def colour(low, high):                                              # [n, 1, 1, 3]
+        return np.stack([uniform(low, high) for _ in range(3)], axis=-1)
+
+    def rotated(x, y, turn):
+        return x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+
+    def paint(image, mask, paint_colour):                               # mask: coverage, [n, 32, 32]
+        return image + np.clip(mask, 0, 1)[..., None] * (paint_colour - image)
+
+    def litter(image):                                                  # a small bar anywhere
+        x, y = rotated(xs - uniform(-16, 16), ys - uniform(-16, 16), uniform(0, np.pi))
+        half_length, half_width = uniform(1.5, 8), uniform(1, 2)
+        return paint(image, np.minimum(half_length - abs(x), half_width - abs(y)), colour(0, 0.6))
+
+    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]     # dark, a slight gradient
+    image = litter(litter(image))
+
+    # Shape: a function that is positive inside, in units of the radius.
+    radius = uniform(9, 13)
+    x, y = rotated(xs - uniform(-2, 2), ys - uniform(-2, 2), uniform(-0.5, 0.5))
+    u, v, rho, phi = x / radius, y / radius, np.hypot(x, y) / radius, np.arctan2(y, x)
+    triangle = np.max([u * np.cos(k) + v * np.sin(k) for k in np.pi * np.array([1 / 6, 5 / 6, 9 / 6])], axis=0)
+    inside = np.stack([0.9 - rho, 0.8 - np.maximum(abs(u), abs(v)), 0.55 - triangle,
+                       0.27 - abs(rho - 0.68), 0.68 + 0.26 * np.cos(5 * phi) - rho])[shape, rows]
+
+    # Texture: a number in [0, 1] at every pixel, between two colours.
+    p, q = rotated(x, y, uniform(0, 2 * np.pi))
+    frequency = 2 * np.pi / uniform(4, 7)                               # of stripes and checkers: 4 to 7 pixels
+    wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
+    pattern = np.stack([np.clip(0.5 + 0.5 * p / radius, 0, 1), 0.5 + 0.5 * np.tanh(3 * wave_p),
+                        0.5 + 0.5 * np.tanh(3 * wave_p * wave_q), pixels[:, 0]])[texture, rows]
+    base, contrast = colour(0.5, 0.9), colour(-0.5, 0.5)
+    contrast *= uniform(0.55, 1.1)[..., None] / np.linalg.norm(contrast, axis=-1, keepdims=True)
+    image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
+
+    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.15      # something in front, and sensor noise
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+class Shapes(Dataset):
+    """The embedded set as a map-style data set of (PIL image, label)."""
+
+    def __init__(self, count, split):
+        self.images, self.labels = draw_shapes(count, split)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy()), int(self.labels[index])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Opening a data set
+
+
+def open_data(name, root="data", train_size=4000):
+    """Open the train and val splits of `shapes`, a folder, or a timm data set -> train, val, number of classes.
+
+    name: "shapes" (`train_size` images to train on), a folder that holds train/ and val/ with a folder a class, or a
+    name that timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in `root` and downloaded if need be.
+    Raises ValueError or OSError, with what to do, for whatever cannot be used.
+    """
+    if name == "shapes":
+        return Shapes(train_size, "train"), Shapes(4000, "val"), len(SHAPES) * len(TEXTURES)
+    if name.startswith(("torch/", "hfds/")):
+        try:
+            train, val = (create_dataset(name, root=root, split=split, is_training=split == "train", download=True)
+                          for split in ("train", "validation"))
+        except Exception as error:                                      # of as many kinds as there are back ends
+            raise ValueError(f"cannot open data set {name} in {root}: {' '.join(str(error).split())[:200]}") from error
+        return train, val, _count_classes(train)
+    for split in ("train", "val"):
+        if not (Path(name) / split).is_dir():
+            raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
+                             f"train/ and val/ with a folder of images for each class")
+    train, val = (ImageFolder(Path(name) / split) for split in ("train", "val"))     # OSError for an empty class
+    if train.classes != val.classes:
+        raise ValueError(f"train/ and val/ of {name} differ in classes: "
+                         f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
+    return train, val, len(train.classes)
+
+
+def _count_classes(dataset):
+    """The class count of a timm data set, from its own list of classes if it has one, else from its labels."""
+    names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    return len(names) if names else max(label for _, label in dataset) + 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which samples make up which batch
+
+
+def seed_of(*numbers):
+    """A 32-bit seed from any numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def training_batches(size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
+    """This process's micro-batches of one epoch, from update `start` on: arrays [b, 2] of (index, repeat).
+
+    `batch_size` is the global batch: `world` processes share each of its `accum` parts. With repeated augmentation
+    (`repeats` > 1) an epoch holds size / repeats images, each `repeats` times in a row.
+    """
+    sampler = RepeatAugSampler(range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
+    sampler.set_epoch(seed_of(seed, epoch))
+    order = np.fromiter(sampler, np.int64)
+    keys = np.stack([order, np.arange(size) % repeats], axis=1)
+    updates = keys[:size // batch_size * batch_size].reshape(-1, batch_size, 2)[start:]
+    return [part[rank::world] for update in updates for part in np.split(update, accum)]
+
+
+def evaluation_batches(size, batch_size, *, rank=0, world=1):
+    """This process's share of 0..size-1 in batches: every index once over all processes."""
+    indices = np.arange(rank, size, world)
+    keys = np.stack([indices, np.zeros_like(indices)], axis=1)
+    return np.split(keys, range(batch_size, len(keys), batch_size)) if len(keys) else []
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loaders: small images as tensors on the device, large ones decoded by workers
+
+
+class TensorLoader:
+    """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
+
+    def __init__(self, dataset, *, img_size, mean, std, device, seed, repeats):
+        self.images, self.labels = (x.to(device) for x in _as_tensors(dataset, img_size))
+        self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
+        self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
+        self.seed, self.repeats = seed, repeats
+
+    def load(self, batches, epoch=None):
+        """Yield (images [b, 3, S, S], labels [b]) on the device for batches of keys; augmented if in an `epoch`."""
+        if epoch is not None:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
+            draws = torch.rand(len(self.labels), self.repeats, 3, generator=generator).to(self.labels.device)
+        for keys in batches:
+            index, repeat = torch.from_numpy(keys).to(self.labels.device).unbind(1)
+            images = self.images[index]
+            if epoch is not None:
+                images = pad_crop_flip(images, draws[index, repeat])
+            yield images.float().mul_(self.scale).sub_(self.shift), self.labels[index]
+
+
+def _as_tensors(dataset, img_size):
+    """Decode a whole data set: uint8 [N, 3, S, S], int64 [N]."""
+    if isinstance(dataset, Shapes) and img_size == SIZE:
+        return dataset.images, dataset.labels
+    transform = create_transform(img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
+    samples = Samples(dataset, transform)
+    images, labels = zip(*(samples[index, 0] for index in range(len(dataset))))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def pad_crop_flip(images, draws, padding=4):
+    """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them.
+
+    images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored.
+    """
+    down, right = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
+    steps = torch.arange(images.shape[-1], device=images.device)
+    ys = down[:, None] + steps                                          # [b, S]
+    xs = right[:, None] + torch.where(draws[:, 2:] < 0.5, steps.flip(0), steps)
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return F.pad(images, [padding] * 4)[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
+
+
+class StreamLoader:
+    """Large images, decoded and augmented by worker processes."""
+
+    def __init__(self, dataset, *, train_transform, eval_transform, workers, device, seed):
+        self.dataset, self.transforms = dataset, (eval_transform, train_transform)
+        self.workers, self.device, self.seed = workers, device, seed
+
+    def load(self, batches, epoch=None):
+        """As TensorLoader.load. New workers for each call: nothing of a former epoch can leak into this one."""
+        samples = Samples(self.dataset, self.transforms[epoch is not None], (self.seed, epoch or 0))
+        for images, labels in DataLoader(samples, batch_sampler=batches, num_workers=self.workers,
+                                         pin_memory=self.device.type == "cuda"):
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class Samples(Dataset):
+    """dataset[index] through a transform whose randomness is seeded by (*seed, index, repeat)."""
+
+    def __init__(self, dataset, transform, seed=None):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key):
+        index, repeat = map(int, key)
+        if self.seed is not None:
+            seed = seed_of(*self.seed, index, repeat)
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)     # timm's transforms draw from all three
+        image, label = self.dataset[index]
+        return self.transform(image.convert("RGB")), label
+
+
+def build_loaders(train, val, *, img_size, mean, std, device, seed=0, workers=2, repeats=1, crop_pct=0.875,
+                  auto_augment=None, color_jitter=None, random_erasing=0.0):
+    """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
+
+    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as configured by the last three arguments.
+    """
+    if img_size < 64:
+        return tuple(TensorLoader(dataset, img_size=img_size, mean=mean, std=std, device=device, seed=seed,
+                                  repeats=repeats) for dataset in (train, val))
+    common = dict(input_size=img_size, interpolation="bicubic", mean=mean, std=std)
+    train_transform = create_transform(**common, is_training=True, auto_augment=auto_augment, re_mode="pixel",
+                                       color_jitter=color_jitter, re_prob=random_erasing)
+    eval_transform = create_transform(**common, crop_pct=crop_pct)
+    return tuple(StreamLoader(dataset, train_transform=train_transform, eval_transform=eval_transform,
+                              workers=workers, device=device, seed=seed) for dataset in (train, val))

@@ -1,0 +1,240 @@
+"""Teachers and students: any timm model with hooks on its layers, the lifted and widened students, a toy pair.
+
+A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (the self-attention blocks), a stage of
+a Swin or ResNet. Its feature map is the raw output, before the final norm, without class or register tokens.
+"""
+from functools import partial
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import (Cait, VisionTransformer, build_model_with_cfg, generate_default_cfgs, load_state_dict,
+                         register_model)
+from torch import nn
+
+# ----------------------------------------------------------------------------------------------------
+# Hooks
+
+
+class HookedModel(nn.Module):
+    """A timm model that also returns the feature maps of the chosen layers (indices into `feature_info`).
+
+    forward: images [B, 3, H, W] -> logits [B, K], maps: list of [B, C, h, w] in the order of `layers`; equal to
+    timm's `forward_intermediates(norm=False)`. With `mean` and `std`, those the images were normalised with, a
+    model trained with others sees its own. Raises ValueError for a layer that the model does not have.
+    """
+
+    def __init__(self, model, layers=(), mean=None, std=None):
+        super().__init__()
+        self.model, self.layers, self._maps = model, list(layers), {}
+        for layer in self.layers:
+            if not 0 <= layer < len(model.feature_info):
+                raise ValueError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to "
+                                 f"{len(model.feature_info) - 1}")
+            # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
+            module = model.get_submodule(model.feature_info[layer]["module"])
+            module.register_forward_hook(partial(self._keep, layer))
+        own = resolve_model_data_config(model)
+        if mean is not None and (tuple(mean), tuple(std)) != (tuple(own["mean"]), tuple(own["std"])):
+            mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, own["mean"], own["std"]))
+            self.register_buffer("scale", std / own_std, persistent=False)
+            self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        else:
+            self.scale = None
+
+    def _keep(self, layer, module, args, output):
+        self._maps[layer] = output
+
+    def forward(self, images):
+        if self.scale is not None:
+            images = images * self.scale + self.shift
+        logits = self.model(images)
+        return logits, [self._as_map(layer, self._maps.pop(layer), images) for layer in self.layers]
+
+    def _as_map(self, layer, output, images):
+        if output.ndim == 4:                                            # Swin keeps channels last
+            return output.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else output
+        reduction = self.model.feature_info[layer]["reduction"]
+        h, w = images.shape[-2] // reduction, images.shape[-1] // reduction
+        tokens = output[:, output.shape[1] - h * w:]                    # prefix tokens come first
+        return tokens.transpose(1, 2).unflatten(2, (h, w))              # [B, N, C] -> [B, C, h, w]
+
+
+def stages(model):
+    """The layers that "First X, Last Y" counts: all of `feature_info`, less the stem that timm lists for CNNs."""
+    return [i for i, info in enumerate(model.feature_info) if info["module"].startswith(("blocks", "layer", "stages"))]
+
+
+def choose_layers(first, last, depth):
+    """First X, Last Y of `depth` layers (DD Table 1), ascending and without repeats."""
+    if not (0 <= first <= depth and 0 <= last <= depth):
+        raise ValueError(f"first {first} and last {last} must lie in 0..{depth}, the depth of the model")
+    return sorted({*range(first), *range(depth - last, depth)})
+
+
+# ----------------------------------------------------------------------------------------------------
+# Student variants (EM)
+
+VARIANTS = {}
+
+
+def variant(name):
+    def register(build):
+        VARIANTS[name] = build
+        return build
+    return register
+
+
+def _create(name, **kwargs):
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"cannot build {name}: {error}".splitlines()[0]) from error
+
+
+def _vit(name, **kwargs):
+    model = _create(name, **kwargs)
+    if not isinstance(model, VisionTransformer) or hasattr(model, "head_dist"):
+        raise ValueError(f"lifted and widened students are made from plain ViT or DeiT models, not from {name}")
+    return model
+
+
+@variant("plain")
+def plain(name, teacher_width=None, **kwargs):
+    return _create(name, **kwargs)
+
+
+@variant("lifted")
+def lifted(name, teacher_width, **kwargs):
+    """EM Lift: the last block's tokens go through Linear(C_s -> C_t, no bias) and LayerNorm. The lifted map is
+    the last layer's feature map and stays at inference: the classifier reads the mean over its patch tokens."""
+    model = _vit(name, global_pool="avg", fc_norm=False, **kwargs)
+    model.blocks[-1] = nn.Sequential(model.blocks[-1], *_lift(model.embed_dim, teacher_width))
+    model.norm = nn.Identity()                                          # the lift has brought its own
+    return _widen_head(model, teacher_width)
+
+
+@variant("widened")
+def widened(name, teacher_width, **kwargs):
+    """EM WideLast: the last block is as wide as the teacher, entered through Linear(C_s -> C_t, no bias) and
+    LayerNorm, with heads of the same size; the final norm and the classifier are as wide."""
+    model = _vit(name, **kwargs)
+    head_width = model.embed_dim // model.blocks[-1].attn.num_heads
+    if teacher_width % head_width:
+        raise ValueError(f"a block of width {teacher_width} cannot have heads of {head_width} channels as {name} has")
+    wide = _vit(name, **{**kwargs, "embed_dim": teacher_width, "num_heads": teacher_width // head_width, "depth": 1})
+    model.blocks[-1] = nn.Sequential(*_lift(model.embed_dim, teacher_width), wide.blocks[0])
+    model.norm, model.fc_norm = wide.norm, wide.fc_norm
+    return _widen_head(model, teacher_width)
+
+
+def _lift(width, teacher_width):
+    return nn.Linear(width, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
+
+
+def _widen_head(model, width):
+    model.embed_dim = model.num_features = model.head_hidden_size = model.feature_info[-1]["num_chs"] = width
+    model.reset_classifier(model.num_classes)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# Building
+
+
+def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_width=None, pretrained=False,
+                weights=None, random_head=False, **timm_kwargs):
+    """Build a timm model, or a student variant of it, with weights from the hub or from a local file.
+
+    `teacher_width`: C_t, needed by the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file, loaded without
+    unpickling code. A checkpoint for another number of classes is an error, unless `random_head` asks for a fresh
+    classifier (DD Table 2). Raises ValueError for whatever does not fit.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; timm.list_models('*part_of_name*') lists what it has")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
+    if variant != "plain" and not teacher_width:
+        raise ValueError(f"a {variant} student needs the width of a teacher's last layer")
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    if img_size and pretrained_cfg.fixed_input_size:                    # CNNs take any size and have no such argument
+        timm_kwargs["img_size"] = img_size
+    create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
+    if weights:
+        state = _read_weights(weights)
+        classifiers = tuple([pretrained_cfg.classifier] if isinstance(pretrained_cfg.classifier, str)
+                            else pretrained_cfg.classifier)
+        if random_head:
+            fresh = create().state_dict()
+            state.update({key: value for key, value in fresh.items() if key.startswith(tuple(f"{c}." for c in classifiers))})
+        found = [len(state[f"{c}.weight"]) for c in classifiers if f"{c}.weight" in state]
+        if found and found[0] != num_classes:
+            raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
+                             f"use a checkpoint trained on this data, or --teacher-head random")
+        try:
+            if variant != "plain":
+                model = create()
+                model.load_state_dict(state)
+                return model
+            # By way of timm's own loader, which adapts published formats and position embeddings.
+            return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=num_classes))
+        except Exception as error:                                      # whatever a foreign file makes timm stumble on
+            raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
+    if pretrained:
+        if pretrained_cfg.num_classes != num_classes and not random_head:
+            raise ValueError(f"the pretrained {name} has {pretrained_cfg.num_classes} classes and the data has "
+                             f"{num_classes}: give a checkpoint trained on this data, or --teacher-head random")
+        try:
+            return create(pretrained=True)
+        except Exception as error:                                      # hub, network and cache errors of many kinds
+            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file with "
+                             f"--teacher-weights): {_one_line(error)}") from error
+    return create()
+
+
+def _read_weights(path):
+    try:
+        return load_state_dict(path, use_ema=False, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no weights file at {path}") from None
+    except Exception as error:                                          # truncated, foreign, or a pickle with code in it
+        raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {_one_line(error)}") from error
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The toy pair: 12 layers each, 4 x 4 patches of a 32 x 32 image, the teacher twice as wide
+
+_toy_cfg = dict(num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5), interpolation="bicubic", first_conv="patch_embed.proj", classifier="head")
+default_cfgs = generate_default_cfgs({"cait_toy_patch8_32": _toy_cfg, "deit_toy_patch8_32": _toy_cfg})
+
+
+def _toy(model_class, name, pretrained, **kwargs):
+    model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=dict(feature_cls="getter"), **kwargs)
+    if not pretrained:
+        # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
+        # signal would all but vanish in the blocks, and a short training would be over before it came back.
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        nn.init.trunc_normal_(model.pos_embed, std=0.2)
+        nn.init.trunc_normal_(model.cls_token, std=0.2)
+    return model
+
+
+@register_model
+def cait_toy_patch8_32(pretrained=False, **kwargs):
+    """A CaiT of 12 self-attention blocks and one class-attention block, 96 channels wide: 1.5 M parameters."""
+    args = dict(img_size=32, patch_size=8, embed_dim=96, depth=12, num_heads=4, depth_token_only=1, init_values=0.1)
+    return _toy(Cait, "cait_toy_patch8_32", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def deit_toy_patch8_32(pretrained=False, **kwargs):
+    """A DeiT of 12 blocks, 48 channels wide: 0.35 M parameters."""
+    args = dict(img_size=32, patch_size=8, embed_dim=48, depth=12, num_heads=3)
+    return _toy(VisionTransformer, "deit_toy_patch8_32", pretrained, **{**args, **kwargs})

@@ -1,0 +1,234 @@
+"""python -m pytest test_smoke.py -q   (under 3 minutes on 2 cores, no network, no files from elsewhere)"""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import data
+import losses
+import models
+import train_kd
+
+HERE = Path(__file__).parent
+TINY = ["--train-size", "64", "--batch-size", "16", "--student-kwargs", "depth=2", "embed_dim=24"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def wave(*shape, a=0.7, b=0.31, c=0.05):
+    """The input that the golden values belong to: sin(a n) + 0.5 cos(b n + 1) + sin(c n^2 mod 7)."""
+    n = np.arange(np.prod(shape), dtype=np.float64)
+    return torch.from_numpy((np.sin(a * n) + 0.5 * np.cos(b * n + 1) + np.sin((c * n * n) % 7)).reshape(shape))
+
+
+# ----------------------------------------------------------------------------------------------------
+# losses.py
+
+
+@pytest.mark.parametrize("shape_s, shape_t, golden", [
+    ((2, 6, 4, 4), (2, 12, 4, 4), 1.049374114),
+    ((2, 12, 7, 7), (2, 12, 7, 7), 0.706133630),
+    ((2, 6, 14, 14), (2, 15, 14, 14), 0.563001475)])
+def test_spectral_golden(shape_s, shape_t, golden):
+    map_s, map_t = wave(*shape_s), wave(*shape_t, a=0.4, b=0.9)
+    assert losses.spectral_loss(map_s, map_t).item() == pytest.approx(golden, abs=1e-9)
+    assert losses.spectral_loss(map_t, map_s).item() == pytest.approx(golden, abs=1e-9)    # pools the wider side
+    with torch.autocast("cpu", torch.bfloat16):                         # float32 whatever surrounds it
+        assert losses.spectral_loss(map_s.float(), map_t.float()).item() == pytest.approx(golden, rel=1e-6)
+
+
+@pytest.mark.parametrize("options, golden", [
+    ({}, 0.844308324), ({"label_smoothing": 0.1}, 0.838735681), ({"alpha": 0.5, "tau": 4.0}, 2.338509928)])
+def test_soft_kd_golden(options, golden):
+    logits_s, logits_t, labels = wave(4, 10), 3 * wave(4, 10, a=0.2), torch.tensor([1, 7, 3, 3])
+    assert losses.soft_kd_loss(logits_s, logits_t, labels, **options).item() == pytest.approx(golden, abs=1e-9)
+    terms = losses.SoftKD(**options)(labels, logits_s, logits_t=logits_t)
+    assert sum(terms.values()).item() == pytest.approx(golden, abs=1e-9)
+
+
+@pytest.mark.parametrize("h, w", [(4, 4), (7, 7), (14, 14), (5, 8)])
+def test_parseval(h, w):
+    """The real FFT's columns 0..w/2 weigh 1, those that have a mirror image 2: half the spatial MSE."""
+    map_s, map_t = wave(2, 6, h, w), wave(2, 6, h, w, a=0.4)
+    energy = np.abs(np.fft.fft2((map_s - map_t).numpy(), norm="ortho")) ** 2
+    mse = losses.feature_mse(map_s, map_t).item()
+    assert energy.mean() == pytest.approx(mse, rel=1e-12)
+    assert energy[..., :w // 2 + 1].mean() / 2 == pytest.approx(losses.spectral_loss(map_s, map_t).item(), rel=1e-12)
+
+
+def test_pooling_windows():
+    """Channel windows floor(i C_in / C) .. ceil((i + 1) C_in / C), as the definition of the loss has them."""
+    wide, C_in, C = wave(2, 15, 3, 3), 15, 6
+    pooled = torch.stack([wide[:, i * C_in // C:-(-(i + 1) * C_in // C)].mean(1) for i in range(C)], dim=1)
+    zeros = torch.zeros(2, C, 3, 3, dtype=torch.float64)
+    assert losses.feature_mse(wide, zeros).item() == pytest.approx(pooled.square().mean().item(), rel=1e-12)
+
+
+def test_projector_is_batchnorm_and_linear():
+    map_s, map_t, method = wave(2, 6, 4, 4), wave(2, 12, 4, 4, a=0.4), losses.ProjectorKD(channels=[(6, 12)]).double()
+    projected = nn.functional.conv2d(map_s, method.projectors[0].weight[:, :, None, None])
+    norm = nn.BatchNorm2d(12, affine=False).double()
+    assert method.pair_loss(0, map_s, map_t).item() == pytest.approx(
+        nn.functional.mse_loss(norm(projected), norm(map_t)).item(), rel=1e-12)
+    method.norm = "none"
+    assert method.pair_loss(0, map_s, map_t).item() == pytest.approx(
+        nn.functional.mse_loss(projected, map_t).item(), rel=1e-12)
+
+
+def test_unequal_grids_are_refused():
+    for loss in (losses.spectral_loss, losses.feature_mse):
+        with pytest.raises(ValueError, match="4 x 4 and the teacher's 7 x 7"):
+            loss(wave(2, 6, 4, 4), wave(2, 6, 7, 7))
+
+
+@pytest.mark.parametrize("alpha, beta, expected", [
+    (0.9, 0.2, {"ce", "kd", "spectral"}), (0.0, 0.2, {"ce", "spectral"}), (1.0, 0.2, {"kd", "spectral"}), (0.9, 0.0, {"ce", "kd"})])
+def test_terms_of_weight_zero_are_left_out(alpha, beta, expected):
+    method = losses.SpectralKD(alpha=alpha, beta=beta)
+    terms = method(torch.tensor([0, 1]), wave(2, 5), [wave(2, 6, 4, 4)], wave(2, 5, a=0.2), [wave(2, 6, 4, 4, a=0.4)])
+    assert set(terms) == expected
+
+
+# ----------------------------------------------------------------------------------------------------
+# models.py
+
+
+@pytest.mark.parametrize("name, size, layers", [
+    ("vit_tiny_patch16_224", 64, [0, 5, 11]), ("deit_tiny_distilled_patch16_224", 64, [11]),
+    ("cait_xxs24_224", 64, [0, 12, 23]), ("swin_tiny_patch4_window7_224", 224, [0, 3]), ("resnet18", 64, [0, 1, 4])])
+def test_hooks_equal_forward_intermediates(name, size, layers):
+    model = models.build_model(name, num_classes=10, img_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, indices=layers, norm=False, intermediates_only=True)
+        hooked = models.HookedModel(model, layers)
+        duplicate = copy.deepcopy(hooked)
+        for each in (hooked, duplicate):
+            logits, maps = each(images)
+            assert torch.equal(logits, model(images))
+            assert all(map(torch.equal, maps, expected)) and len(maps) == len(expected)
+        for parameter in duplicate.parameters():
+            parameter.mul_(2)                                           # the copy's hooks must see the copy
+        assert not torch.equal(duplicate(images)[1][0], hooked(images)[1][0])
+
+
+@pytest.mark.parametrize("variant, count", [("plain", 5_717_416), ("lifted", 5_983_528), ("widened", 7_313_896)])
+def test_parameter_counts(variant, count):
+    model = models.build_model("deit_tiny_patch16_224", num_classes=1000, variant=variant, teacher_width=384)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_teacher_sees_its_own_statistics():
+    model = models.build_model("resnet18", num_classes=10).eval()       # ImageNet mean and std
+    raw = torch.rand(2, 3, 64, 64)
+    own = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        expected = model((raw - own[0]) / own[1])
+        logits, _ = models.HookedModel(model, [], mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).eval()((raw - 0.5) / 0.5)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_choose_layers():
+    assert models.choose_layers(2, 6, 12) == [0, 1, 6, 7, 8, 9, 10, 11]         # SK's student list
+    assert models.choose_layers(2, 6, 24) == [0, 1, 18, 19, 20, 21, 22, 23]     # and its teacher list
+    assert models.choose_layers(8, 8, 12) == list(range(12))
+    with pytest.raises(ValueError):
+        models.choose_layers(0, 13, 12)
+
+
+# ----------------------------------------------------------------------------------------------------
+# data.py
+
+
+def test_shapes_depend_on_seed_and_index_only():
+    few, many = data.draw_shapes(30), data.draw_shapes(2100)
+    assert torch.equal(few[0], many[0][:30]) and torch.equal(few[1], many[1][:30])
+    assert many[1].bincount().tolist() == [105] * 20
+    assert not torch.equal(few[0], data.draw_shapes(30, "val")[0]) and not torch.equal(few[0], data.draw_shapes(30, seed=1)[0])
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_global_batches_do_not_depend_on_processes(repeats):
+    args = dict(seed=3, epoch=2, repeats=repeats)
+    whole = data.training_batches(100, 24, **args)
+    parts = [data.training_batches(100, 24, **args, accum=2, rank=rank, world=3) for rank in range(3)]
+    for update, batch in enumerate(whole):
+        together = np.concatenate([part[2 * update + micro] for part in parts for micro in range(2)])
+        assert sorted(map(tuple, together)) == sorted(map(tuple, batch))
+    assert len(set(map(tuple, np.concatenate(whole)))) == 96            # no (image, repeat) twice
+    assert all(np.array_equal(a, b) for a, b in zip(whole[2:], data.training_batches(100, 24, **args, start=2)))
+    assert not np.array_equal(whole[0], data.training_batches(100, 24, seed=3, epoch=3, repeats=repeats)[0])
+
+
+def test_evaluation_counts_every_image_once():
+    for world in (1, 2, 3, 7):
+        seen = np.concatenate([keys[:, 0] for rank in range(world)
+                               for keys in data.evaluation_batches(5, 2, rank=rank, world=world)])
+        assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+def test_pad_crop_flip():
+    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
+    still, shifted, mirrored = data.pad_crop_flip(image.repeat(3, 1, 1, 1), torch.tensor(
+        [[0.5, 0.5, 0.9], [0.0, 0.5, 0.9], [0.5, 0.5, 0.1]]), padding=2)
+    assert torch.equal(still, image[0]) and torch.equal(mirrored, image[0].flip(-1))
+    assert torch.equal(shifted[:, 2:], image[0, :, :3]) and not shifted[:, :2].any()
+
+
+# ----------------------------------------------------------------------------------------------------
+# train_kd.py
+
+
+def make(*flags):
+    settings, (_, _, classes) = train_kd.resolve(train_kd.parse_args([*TINY, "--dry-run", *flags]))
+    return train_kd.build(settings, classes)
+
+
+@pytest.mark.parametrize("variant", models.VARIANTS)
+@pytest.mark.parametrize("method", losses.METHODS)
+def test_one_step_moves_all_that_learns_and_nothing_else(method, variant):
+    teacher, distiller, _ = make("--method", method, "--variant", variant)
+    optimizer = create_optimizer_v2(distiller, "adamw", lr=1e-2, weight_decay=0.05)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {*map(id, held)} == {*map(id, distiller.parameters())} and len(held) == len({*map(id, held)})
+    undecayed = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    for name, parameter in distiller.named_parameters():
+        assert (id(parameter) in undecayed) == (parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token"))), name
+
+    before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
+    taught_by = copy.deepcopy(teacher.state_dict()) if teacher else {}
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    distiller.train()
+    _, terms = distiller(images, labels, teacher(images) if teacher else None)
+    sum(terms.values()).backward()
+    optimizer.step()
+    assert [name for name, p in distiller.named_parameters() if torch.equal(p, before[name])] == []
+    if teacher:
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+        assert all(torch.equal(value, taught_by[key]) for key, value in teacher.state_dict().items())
+
+
+def run(*flags, processes=None, check=True):
+    launch = [sys.executable, "train_kd.py"] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+        "--standalone", "train_kd.py"]
+    done = subprocess.run([*launch, *TINY, "--device", "cpu", *map(str, flags)], cwd=HERE, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

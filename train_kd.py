@@ -1,0 +1,470 @@
+"""Distil a vision transformer into a smaller one.
+
+    torchrun train_kd.py --method spectral                         # embedded data and teacher, any laptop
+    python train_kd.py --method lift                               # one process without torchrun, the same path
+    python train_kd.py --method none --variant widened             # a student alone, no teacher
+    torchrun --nproc_per_node=4 train_kd.py --method spectral --data /data/imagenet --first 1 --last 1
+    python train_kd.py ... --dry-run                               # build everything, print it, train nothing
+
+Defaults come from the recipe of the data set (RECIPES below); every entry has a flag. The run's folder receives
+config.json, log.jsonl (a line an epoch), last.pt, best.pt, epoch_NNNN.pt, student.safetensors and curves.png.
+"""
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from losses import FEATURE_LOSSES, METHODS, Distiller
+from models import VARIANTS, HookedModel, build_model, choose_layers, stages
+
+HERE = Path(__file__).resolve().parent
+
+# The learning rate belongs to the recipe's batch and scales linearly with another one.
+COMMON = dict(method="spectral", data="shapes", data_root="data", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, weight_decay=0.05, repeats=1, accum=1, seed=0,
+              min_lr=1e-5, warmup_lr=1e-6, variant=None, teacher_weights=None, teacher_head="pretrained")
+TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=40, batch_size=64,
+           lr=2e-3, warmup_epochs=2, ema_decay=0.99)
+RECIPES = {
+    "shapes": dict(TOY, teacher_weights=str(HERE / "weights/cait_toy_shapes.safetensors"), train_size=4000),
+    "small": TOY,
+    # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
+    "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
+                     batch_size=2048, lr=2e-3, warmup_epochs=5, ema_decay=0.99996, repeats=3, crop_pct=0.875,
+                     auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25),
+}
+
+# ----------------------------------------------------------------------------------------------------
+# Settings
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    """End the program as every bad input does: one line on stderr, once for all processes, and exit status 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def number(kind, low, high, open_low=False):
+    """An argparse type: an int or float in [low, high], or (low, high] with open_low."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    count, positive, share = number(int, 1, 10 ** 9), number(float, 0, 1e9, open_low=True), number(float, 0, 1)
+    weight = number(float, 0, 1e9)
+
+    group = parser.add_argument_group("what is distilled into what")
+    group.add_argument("--method", choices=METHODS, help="objective (default: spectral)")
+    group.add_argument("--student", metavar="TIMM_MODEL")
+    group.add_argument("--variant", choices=VARIANTS, help="student variant (default: the method's own)")
+    group.add_argument("--student-kwargs", nargs="+", action=ParseKwargs, metavar="KEY=VALUE",
+                       help="arguments for timm, e.g. embed_dim=219 num_heads=3 (EM's UniformWide control)")
+    group.add_argument("--teacher", metavar="TIMM_MODEL")
+    group.add_argument("--teacher-kwargs", nargs="+", action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument("--teacher-weights", metavar="FILE", help=".safetensors, .pt or .pth (default: timm's pretrained)")
+    group.add_argument("--teacher-head", choices=("pretrained", "random"),
+                       help="random: a teacher without a classifier for this data (DD Table 2)")
+    group.add_argument("--first", type=number(int, 0, 10 ** 4), metavar="X", help="align the first X layers")
+    group.add_argument("--last", type=number(int, 0, 10 ** 4), metavar="Y",
+                       help="align the last Y layers (if only one of the two is given, the other is 0)")
+    group.add_argument("--student-layers", type=int, nargs="+", metavar="L", help="explicit, ascending, counted from 0")
+    group.add_argument("--teacher-layers", type=int, nargs="+", metavar="L", help="as many of the teacher's")
+
+    group = parser.add_argument_group("objective (DD Eq. 10, 11, 14)")
+    group.add_argument("--alpha", type=share, help="weight of logits KD; 0 leaves CE and the feature term")
+    group.add_argument("--beta", type=weight, help="weight of the feature term; it is not computed at 0")
+    group.add_argument("--tau", type=positive, help="temperature T")
+    group.add_argument("--label-smoothing", type=share)
+    group.add_argument("--feature-loss", choices=FEATURE_LOSSES, help="spectral, lift, widelast")
+    group.add_argument("--projector-norm", choices=("batch", "none"), dest="norm",
+                       help="projector: standardise both sides first (batch, as released; the default) or not")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help="shapes (default), a folder with train/ and val/, torch/NAME, hfds/NAME")
+    group.add_argument("--data-root", metavar="DIR", help="where torch/ and hfds/ sets are kept (default: data)")
+    group.add_argument("--train-size", type=count, help="shapes: how many training images to draw")
+    group.add_argument("--img-size", type=count)
+    group.add_argument("--repeats", type=count, help="repeated augmentation: times each image comes in its batch")
+    group.add_argument("--auto-augment", metavar="POLICY", help="from 64 px: timm's RandAugment string, or none")
+    group.add_argument("--color-jitter", type=weight, help="from 64 px")
+    group.add_argument("--random-erasing", type=share, help="from 64 px: probability")
+    group.add_argument("--crop-pct", type=number(float, 0, 1, open_low=True), help="from 64 px: evaluation crop")
+    group.add_argument("--workers", type=number(int, 0, 1024), help="from 64 px: data processes for each process")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=count)
+    group.add_argument("--batch-size", type=count, help="global: over all processes and accumulation steps")
+    group.add_argument("--accum", type=count, help="gradient accumulation steps")
+    group.add_argument("--lr", type=positive, help="peak (default: the recipe's, scaled linearly with the batch)")
+    group.add_argument("--min-lr", type=weight)
+    group.add_argument("--warmup-lr", type=weight)
+    group.add_argument("--warmup-epochs", type=weight)
+    group.add_argument("--weight-decay", type=weight)
+    group.add_argument("--ema-decay", type=share, help="of the averaged student that is evaluated beside the student")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 31))
+
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", metavar="DIR", help="default: runs/METHOD")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument("--snapshot-every", type=count, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on CUDA only)")
+    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    group.add_argument("--dry-run", action="store_true", help="build everything with random weights, print it, end")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """Command line -> settings: the data set's recipe, under a resumed run's settings, under the flags given.
+
+    Also opens the data: returns settings (a Namespace), (train, val, number of classes). Raises ValueError for flags
+    that contradict each other or would have no effect.
+    """
+    given = {key: value for key, value in vars(args).items() if value not in (None, False) or key == "amp" and value is False}
+    saved = json.loads((Path(args.out) / "config.json").read_text())["settings"] if args.resume else {}
+    name = given.get("data") or saved.get("data", "shapes")
+    train, val, classes = data.open_data(name, given.get("data_root", "data"), given.get("train_size") or saved.get("train_size", 4000))
+    if name == "shapes":
+        recipe = "shapes"
+    else:
+        student = given.get("student")
+        native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student or "") else min(train[0][0].size)
+        recipe = "small" if given.get("img_size", native) < 64 else "imagenet"
+    settings = argparse.Namespace(**{**vars(args), **RECIPES[recipe], **saved, **given, "recipe": recipe})
+    if recipe == "small" and "img_size" not in given and student:
+        settings.img_size = native
+    if "lr" not in given and "lr" not in saved:
+        settings.lr = RECIPES[recipe]["lr"] * settings.batch_size / RECIPES[recipe]["batch_size"]
+    if "first" in given or "last" in given:
+        settings.first, settings.last = given.get("first", 0), given.get("last", 0)
+
+    method = METHODS[settings.method]
+    foreign = {option for other in METHODS.values() for option in other.options()} - method.options()
+    if "beta" not in method.options():
+        foreign |= {"first", "last", "student_layers", "teacher_layers"}
+    if not method.needs_teacher:
+        foreign |= {"teacher_weights", "teacher_head", "teacher_kwargs"}
+    if settings.img_size < 64:
+        foreign |= {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
+    if name != "shapes":
+        foreign |= {"train_size"}
+    if foreign & {*given}:
+        flags = ", ".join("--" + key.replace("_", "-") for key in sorted(foreign & {*given}))
+        raise ValueError(f"{flags}: no effect with --method {settings.method} on {name} at {settings.img_size} px")
+    if (settings.student_layers is None) != (settings.teacher_layers is None) or settings.student_layers and {"first", "last"} & {*given}:
+        raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
+    return settings, (train, val, classes)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Building
+
+
+def build(settings, classes):
+    """Settings -> HookedModel teacher (None if the method wants none), Distiller, layer lists of student and teacher."""
+    kind = METHODS[settings.method]
+    options = {key: value for key, value in vars(settings).items() if key in kind.options() and value is not None}
+    variant = settings.variant or kind.variant
+    common = dict(num_classes=classes, img_size=settings.img_size)
+    teacher = None
+    if kind.needs_teacher or variant != "plain":
+        known = kind.needs_teacher and not settings.dry_run             # else only its width matters
+        teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
+                              pretrained=known and not settings.teacher_weights,
+                              weights=settings.teacher_weights if known else None,
+                              random_head=settings.teacher_head == "random")
+    width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
+    student = build_model(settings.student, **common, variant=variant, teacher_width=width, **settings.student_kwargs or {})
+
+    layers_s = layers_t = []
+    if options.get("beta"):
+        layers_s, layers_t = settings.student_layers, settings.teacher_layers
+        if layers_s is None:
+            first, last = (getattr(kind, end) if getattr(settings, end) is None else getattr(settings, end)
+                           for end in ("first", "last"))
+            layers_s, layers_t = ([of[i] for i in choose_layers(first, last, len(of))]
+                                  for of in map(stages, (student, teacher)))
+        for layers in (layers_s, layers_t):
+            if layers != sorted(set(layers)):
+                raise ValueError(f"layers {layers} must ascend without repeats: they are paired in order")
+        if len(layers_s) != len(layers_t) or not layers_s:
+            raise ValueError(f"student layers {layers_s} and teacher layers {layers_t} cannot be paired: give as many of "
+                             f"each, and at least one (or --beta 0)")
+
+    statistics = resolve_data_config(pretrained_cfg=student.pretrained_cfg)
+    statistics = dict(mean=statistics["mean"], std=statistics["std"])   # images arrive as the student wants them
+    hooked_s, hooked_t = HookedModel(student, layers_s), None
+    if kind.needs_teacher:
+        hooked_t = HookedModel(teacher, layers_t, **statistics).eval().requires_grad_(False)
+        options["channels"] = [(student.feature_info[s]["num_chs"], teacher.feature_info[t]["num_chs"])
+                               for s, t in zip(layers_s, layers_t)]
+    distiller = Distiller(hooked_s, kind(**options))
+
+    # One forward pass of zeros finds grids that do not fit, before anything is paid for.
+    images, labels = torch.zeros(2, 3, settings.img_size, settings.img_size), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        distiller.eval()(images, labels, hooked_t(images) if hooked_t else None)
+    return hooked_t, distiller, statistics
+
+
+def describe(settings, teacher, distiller, train, val):
+    """What --dry-run and the head of a run print, and what config.json adds to the settings."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    return {
+        "settings": vars(settings),
+        "parameters": {"student": count(distiller.student), "method": count(distiller.method),
+                       "teacher": count(teacher) if teacher else 0},
+        "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
+        "images": {"train": len(train), "val": len(val)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "commit": _git_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _git_commit():
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Evaluation and files
+
+
+@torch.no_grad()
+def evaluate(model, loader, batches, classes, device, amp=False):
+    """Top-1 and top-5 accuracy in %, over all processes, every validation image counted once."""
+    model.eval()
+    hits = torch.zeros(3, dtype=torch.int64, device=device)             # within top 1, within top 5, seen
+    for images, labels in loader.load(batches):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits, _ = model(images)
+        found = logits.float().topk(min(5, classes)).indices == labels[:, None]
+        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.tensor(len(labels), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(hits)
+    top1, top5, seen = hits.tolist()
+    return 100 * top1 / seen, 100 * top5 / seen
+
+
+def write(path, save):
+    """Write beside and rename: a crash leaves the former file whole."""
+    part = path.with_name(path.name + ".part")
+    save(part)
+    os.replace(part, path)
+
+
+def draw_curves(log, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    epochs = [record["epoch"] for record in log]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for term, style in zip(log[0]["terms"], ("-", "--", ":", "-.")):
+        left.plot(epochs, [record["terms"][term] for record in log], style, label=term)
+    right.plot(epochs, [record["top1"] for record in log], "-", label="student")
+    right.plot(epochs, [record["ema_top1"] for record in log], "--", label="EMA of the student")
+    left.set(xlabel="epoch", ylabel="weighted loss term (nats, or squared units)", yscale="log")
+    right.set(xlabel="epoch", ylabel="validation top-1 (%)")
+    left.legend(), right.legend()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(settings, teacher, distiller, loaders, sizes, classes, out, device, rank, world):
+    train_loader, val_loader = loaders
+    train_size, val_size = sizes
+    steps = train_size // settings.batch_size
+    val_batches = data.evaluation_batches(val_size, max(1, min(256, settings.batch_size)), rank=rank, world=world)
+    student = distiller.student
+    if settings.amp is None:
+        settings.amp = device.type == "cuda"
+
+    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay,
+                                    eps=1e-8, fused=True)
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
+                                       warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
+                                       step_on_epochs=False, updates_per_epoch=steps)
+    ema = ModelEmaV3(student, decay=settings.ema_decay)
+    step, best, log, names, rows = 0, -1.0, [], None, None
+    if settings.resume:
+        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
+        distiller.load_state_dict(state["distiller"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.module.load_state_dict(state["ema"])
+        step, best, log = state["step"], state["best"], json.loads(state["log"])
+    if settings.compile:
+        student.compile()
+        if teacher:
+            teacher.compile()
+    ddp = DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None) if world > 1 else distiller
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=settings.amp)
+
+    def check_finite(rows, since):
+        """Look at the terms of the updates since the last look: the only moment the loop waits for the device."""
+        if world > 1:
+            dist.all_reduce(rows)
+            rows /= world
+        bad = (~rows.isfinite()).nonzero()
+        if len(bad):
+            update, term = bad[0].tolist()
+            fail(f"loss term {names[term]!r} is {rows[update, term].item()} at step {since + update}: nothing of this "
+                 f"epoch was saved; lower --lr{' or --beta' if term else ''}, or try --no-amp")
+
+    if teacher:
+        top1, top5 = evaluate(teacher, val_loader, val_batches, classes, device, settings.amp)
+        if rank == 0:
+            print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+
+    for epoch in range(step // steps, settings.epochs):
+        began, start = time.time(), step % steps
+        batches = data.training_batches(train_size, settings.batch_size, seed=settings.seed, epoch=epoch, start=start,
+                                        repeats=settings.repeats, accum=settings.accum, rank=rank, world=world)
+        stream, looked = train_loader.load(batches, epoch), start
+        distiller.train()
+        for update in tqdm(range(start, steps), desc=f"epoch {epoch}", leave=False, disable=rank > 0 or None):
+            scheduler.step_update(step)
+            torch.manual_seed(data.seed_of(settings.seed, step, rank))  # of drop-path and the like: differs by rank
+            for micro in range(settings.accum):
+                images, labels = next(stream)
+                last = micro == settings.accum - 1
+                with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+                    with autocast():
+                        with torch.no_grad():
+                            taught = teacher(images) if teacher else None
+                        _, terms = ddp(images, labels, taught)          # the loop never asks which method runs
+                    loss = sum(terms.values()) / settings.accum
+                    loss.backward()
+                row = torch.stack([*terms.values()]).detach() / settings.accum
+                if rows is None:
+                    names, rows = [*terms], torch.zeros(steps, len(terms), device=device)
+                rows[update] = row if micro == 0 else rows[update] + row
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(student)
+            step += 1
+            if update + 1 - looked == 50 or update + 1 == steps:
+                check_finite(rows[looked:update + 1], epoch * steps + looked)
+                looked = update + 1
+
+        seconds = time.time() - began
+        top1, top5 = evaluate(student, val_loader, val_batches, classes, device, settings.amp)
+        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, classes, device, settings.amp)
+        means = rows.mean(0).tolist()
+        log.append({"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], "loss": sum(means),
+                    "terms": dict(zip(names, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1, "ema_top5": ema_top5,
+                    "images_per_s": (steps - start) * settings.batch_size / seconds, "seconds": time.time() - began})
+        if rank == 0:
+            report(log, settings.epochs)
+            weights = {"model": student.model.state_dict()}
+            if top1 > best:
+                write(out / "best.pt", lambda path: torch.save({**weights, "epoch": epoch, "top1": top1}, path))
+            if (epoch + 1) % settings.snapshot_every == 0:
+                write(out / f"epoch_{epoch + 1:04d}.pt", lambda path: torch.save({**weights, "epoch": epoch}, path))
+            best = max(best, top1)
+            write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+            write(out / "last.pt", lambda path: torch.save(
+                {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
+                 "step": step, "best": best, "log": json.dumps(log)}, path))
+    if rank == 0:
+        state = {key: value.contiguous() for key, value in student.model.state_dict().items()}
+        write(out / "student.safetensors", lambda path: save_file(state, path))
+        write(out / "curves.png", lambda path: draw_curves(log, path))
+        print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+
+
+def report(log, epochs):
+    """One line an epoch, with the time that the rest will take."""
+    record = log[-1]
+    left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log))
+    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
+    print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  "
+          f"EMA {record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left / 60:.1f} min left", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            if torch.cuda.device_count() <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1:
+                raise ValueError(f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} CUDA devices are asked for and "
+                                 f"{torch.cuda.device_count()} are there: lower --nproc_per_node or use --device cpu")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        settings, (train_set, val_set, classes) = resolve(args)
+        torch.manual_seed(settings.seed)
+        teacher, distiller, statistics = build(settings, classes)
+        if not settings.dry_run and len(train_set) < settings.batch_size:
+            raise ValueError(f"a batch of {settings.batch_size} does not fill from {len(train_set)} training images: lower --batch-size")
+        if settings.batch_size % (world * settings.accum):
+            raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x {settings.accum} accumulation steps")
+        if settings.repeats > settings.batch_size:
+            raise ValueError("--repeats must not exceed --batch-size")
+        out = Path(settings.out or f"runs/{settings.method}")
+        if not (settings.resume or settings.overwrite or settings.dry_run) and (out / "config.json").exists():
+            raise ValueError(f"{out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out")
+        settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
+        description = describe(settings, teacher, distiller, train_set, val_set)
+        if rank == 0:
+            print(json.dumps(description, indent=1) if settings.dry_run else
+                  f"{settings.student} {description['parameters']}, layers {description['layers']}, images {description['images']}", flush=True)
+        if settings.dry_run:
+            return
+        extra = {key: getattr(settings, key) for key in ("crop_pct", "auto_augment", "color_jitter", "random_erasing")
+                 if getattr(settings, key) is not None}
+        loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device,
+                                     seed=settings.seed, repeats=settings.repeats, workers=settings.workers or 2, **extra)
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            write(out / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
+    except (ValueError, OSError) as error:
+        fail(error)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if teacher:
+        teacher.to(device)
+    train(settings, teacher, distiller.to(device), loaders, (len(train_set), len(val_set)), classes, out, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

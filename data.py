@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 SHAPES = ("disk", "square", "triangle", "ring", "star")
 TEXTURES = ("gradient", "stripes", "checker", "noise")
 SIZE = 32
+VAL_SIZE = 4000
 
 
 def draw_shapes(count, split="train", seed=0):
@@ -33,13 +34,13 @@ def draw_shapes(count, split="train", seed=0):
     table = np.random.default_rng([seed, splits[split], 0])
     pixels = np.random.default_rng([seed, splits[split], 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
-    chunks = [_draw(table.random((len(part), 43), np.float32), pixels.random((len(part), 2, SIZE, SIZE), np.float32), part)
+    chunks = [_draw(table.random((len(part), 35), np.float32), pixels.random((len(part), 2, SIZE, SIZE), np.float32), part)
               for part in np.array_split(labels, max(1, count // 1000))]
     return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def _draw(table, pixels, labels):
-    """The formula: float32 table [n, 43] and pixels [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
+    """The formula: float32 table [n, 35] and pixels [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
     columns = iter(table.T)
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     rows, shape, texture = np.arange(len(labels)), *divmod(labels, len(TEXTURES))
@@ -62,11 +63,11 @@ def _draw(table, pixels, labels):
         return paint(image, np.minimum(half_length - abs(x), half_width - abs(y)), colour(0, 0.6))
 
     image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]     # dark, a slight gradient
-    image = litter(litter(image))
+    image = litter(image)
 
     # Shape: a function that is positive inside, in units of the radius.
-    radius = uniform(9, 13)
-    x, y = rotated(xs - uniform(-2, 2), ys - uniform(-2, 2), uniform(-0.5, 0.5))
+    radius = uniform(10, 13)
+    x, y = rotated(xs - uniform(-1, 1), ys - uniform(-1, 1), uniform(-0.35, 0.35))
     u, v, rho, phi = x / radius, y / radius, np.hypot(x, y) / radius, np.arctan2(y, x)
     triangle = np.max([u * np.cos(k) + v * np.sin(k) for k in np.pi * np.array([1 / 6, 5 / 6, 9 / 6])], axis=0)
     inside = np.stack([0.9 - rho, 0.8 - np.maximum(abs(u), abs(v)), 0.55 - triangle,
@@ -74,15 +75,14 @@ def _draw(table, pixels, labels):
 
     # Texture: a number in [0, 1] at every pixel, between two colours.
     p, q = rotated(x, y, uniform(0, 2 * np.pi))
-    frequency = 2 * np.pi / uniform(4, 7)                               # of stripes and checkers: 4 to 7 pixels
+    frequency = 2 * np.pi / uniform(5, 7)                               # of stripes and checkers: 5 to 7 pixels
     wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
     pattern = np.stack([np.clip(0.5 + 0.5 * p / radius, 0, 1), 0.5 + 0.5 * np.tanh(3 * wave_p),
                         0.5 + 0.5 * np.tanh(3 * wave_p * wave_q), pixels[:, 0]])[texture, rows]
-    base, contrast = colour(0.5, 0.9), colour(-0.5, 0.5)
-    contrast *= uniform(0.55, 1.1)[..., None] / np.linalg.norm(contrast, axis=-1, keepdims=True)
+    base, contrast = colour(0.5, 0.9), uniform(0.3, 0.6)[..., None] + colour(-0.2, 0.2)
     image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
 
-    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.15      # something in front, and sensor noise
+    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.12      # something in front, and sensor noise
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -111,7 +111,7 @@ def open_data(name, root="data", train_size=4000):
     Raises ValueError or OSError, with what to do, for whatever cannot be used.
     """
     if name == "shapes":
-        return Shapes(train_size, "train"), Shapes(4000, "val"), len(SHAPES) * len(TEXTURES)
+        return Shapes(train_size, "train"), Shapes(VAL_SIZE, "val"), len(SHAPES) * len(TEXTURES)
     if name.startswith(("torch/", "hfds/")):
         try:
             train, val = (create_dataset(name, root=root, split=split, is_training=split == "train", download=True)

@@ -181,15 +181,25 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         except Exception as error:                                      # whatever a foreign file makes timm stumble on
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
     if pretrained:
-        if pretrained_cfg.num_classes != num_classes and not random_head:
-            raise ValueError(f"the pretrained {name} has {pretrained_cfg.num_classes} classes and the data has "
-                             f"{num_classes}: give a checkpoint trained on this data, or --teacher-head random")
+        check_pretrained_classes(name, num_classes, random_head)
         try:
             return create(pretrained=True)
         except Exception as error:                                      # hub, network and cache errors of many kinds
             raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file with "
                              f"--teacher-weights): {_one_line(error)}") from error
-    return create()
+    model = create()
+    reduction = model.feature_info[-1]["reduction"]
+    if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
+        raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")
+    return model
+
+
+def check_pretrained_classes(name, num_classes, random_head=False):
+    """Raise ValueError if timm's pretrained classifier is not one of `num_classes` and none was asked for."""
+    trained = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else num_classes
+    if trained != num_classes and not random_head:
+        raise ValueError(f"the pretrained {name} has {trained} classes and the data has {num_classes}: give a checkpoint "
+                         f"trained on this data with --teacher-weights, or --teacher-head random")
 
 
 def _read_weights(path):

@@ -18,6 +18,7 @@ import losses
 import models
 import train_kd
 
+torch.set_num_threads(1)                                                # sums in the same order everywhere
 HERE = Path(__file__).parent
 TINY = ["--train-size", "64", "--batch-size", "16", "--student-kwargs", "depth=2", "embed_dim=24"]
 
@@ -220,15 +221,70 @@ def test_one_step_moves_all_that_learns_and_nothing_else(method, variant):
         assert all(torch.equal(value, taught_by[key]) for key, value in teacher.state_dict().items())
 
 
-def run(*flags, processes=None, check=True):
-    launch = [sys.executable, "train_kd.py"] if processes is None else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-        "--standalone", "train_kd.py"]
-    done = subprocess.run([*launch, *TINY, "--device", "cpu", *map(str, flags)], cwd=HERE, capture_output=True, text=True,
+def launch(*command, check=True):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """log.jsonl without what differs from run to run: times."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+
+
+def assert_same(a, b):
+    """Equal to the last bit, through nested dictionaries and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [assert_same(a[key], b[key]) for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [assert_same(*pair) for pair in zip(a, b)]
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_command_line_and_resume(tmp_path, monkeypatch):
+    flags = [*TINY, "--method", "projector", "--epochs", "2", "--device", "cpu"]
+    whole = launch("train_kd.py", *flags, "--out", tmp_path / "whole")
+    assert "teacher cait_toy_patch8_32: top-1 9" in whole.stdout and len(log_of(tmp_path / "whole")) == 2
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "student.safetensors", "curves.png"}
+
+    monkeypatch.setattr(train_kd, "report", lambda record, log, epochs: None if len(log) == 1 else sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):                     # after the second epoch, before it is saved
+        train_kd.main([*flags, "--out", str(tmp_path / "parts")])
+    assert len(log_of(tmp_path / "parts")) == 1
+    launch("train_kd.py", "--resume", "--out", tmp_path / "parts")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    ends = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")]
+    [end.pop("log") for end in ends]
+    assert_same(*ends)
+
+    weights = tmp_path / "whole" / "student.safetensors"                # loads into timm without this repository's help
+    student = timm.create_model("deit_toy_patch8_32", num_classes=20, depth=2, embed_dim=24, checkpoint_path=str(weights))
+    _, distiller, _ = make("--method", "projector")
+    distiller.load_state_dict(ends[0]["distiller"])
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(student.eval()(images), distiller.student.eval()(images)[0])
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The first ten losses of every method, float32, same global batch (below: what the processes run)."""
+    launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "test_smoke.py", tmp_path / "two")
+    launch("test_smoke.py", tmp_path / "one")
+    for method in losses.METHODS:
+        one, two = log_of(tmp_path / "one" / method), log_of(tmp_path / "two" / method)
+        assert len(one) == 10
+        for a, b in zip(one, two):
+            assert b["terms"] == pytest.approx(a["terms"], rel=1e-5), (method, a["epoch"])
+
+
+if __name__ == "__main__":
+    data.VAL_SIZE = 40
+    for name in losses.METHODS:                                         # ten epochs of one update
+        train_kd.main(["--train-size", "16", "--batch-size", "16", "--epochs", "10", "--method", name, "--device", "cpu",
+                       "--student-kwargs", "depth=2", "--warmup-epochs", "0", "--out", f"{sys.argv[1]}/{name}"])

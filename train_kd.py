@@ -17,13 +17,14 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -33,17 +34,17 @@ from tqdm import tqdm
 
 import data
 from losses import FEATURE_LOSSES, METHODS, Distiller
-from models import VARIANTS, HookedModel, build_model, choose_layers, stages
+from models import VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, stages
 
 HERE = Path(__file__).resolve().parent
 
 # The learning rate belongs to the recipe's batch and scales linearly with another one.
 COMMON = dict(method="spectral", data="shapes", data_root="data", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, weight_decay=0.05, repeats=1, accum=1, seed=0,
-              min_lr=1e-5, warmup_lr=1e-6, variant=None, teacher_weights=None, teacher_head="pretrained")
+              min_lr=1e-5, warmup_lr=1e-6, teacher_weights=None, teacher_head="pretrained", workers=2)
 TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=40, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
-    "shapes": dict(TOY, teacher_weights=str(HERE / "weights/cait_toy_shapes.safetensors"), train_size=4000),
+    "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors", train_size=4000),
     "small": TOY,
     # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
     "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
@@ -60,11 +61,12 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def fail(message):
+def fail(message, status=2):
     """End the program as every bad input does: one line on stderr, once for all processes, and exit status 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    if int(os.environ.get("RANK", 0)) > 0:                              # all processes see the same mistake: let the first
+        time.sleep(5)                                                   # speak, whose end makes torchrun stop the others
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def number(kind, low, high, open_low=False):
@@ -148,43 +150,73 @@ def parse_args(argv=None):
 def resolve(args):
     """Command line -> settings: the data set's recipe, under a resumed run's settings, under the flags given.
 
-    Also opens the data: returns settings (a Namespace), (train, val, number of classes). Raises ValueError for flags
-    that contradict each other or would have no effect.
+    Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
+    flags that contradict each other or the run to resume, or that would have no effect.
     """
     given = {key: value for key, value in vars(args).items() if value not in (None, False) or key == "amp" and value is False}
-    saved = json.loads((Path(args.out) / "config.json").read_text())["settings"] if args.resume else {}
-    name = given.get("data") or saved.get("data", "shapes")
-    train, val, classes = data.open_data(name, given.get("data_root", "data"), given.get("train_size") or saved.get("train_size", 4000))
-    if name == "shapes":
+    saved = read_run(given)["settings"] if args.resume else {}
+    asked = {**COMMON, **saved, **given}
+    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked.get("train_size", 4000))
+    student = asked.get("student", "")
+    native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student) else None
+    if asked["data"] == "shapes":
         recipe = "shapes"
-    else:
-        student = given.get("student")
-        native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student or "") else min(train[0][0].size)
-        recipe = "small" if given.get("img_size", native) < 64 else "imagenet"
-    settings = argparse.Namespace(**{**vars(args), **RECIPES[recipe], **saved, **given, "recipe": recipe})
-    if recipe == "small" and "img_size" not in given and student:
-        settings.img_size = native
-    if "lr" not in given and "lr" not in saved:
-        settings.lr = RECIPES[recipe]["lr"] * settings.batch_size / RECIPES[recipe]["batch_size"]
+    else:                                                               # by size: asked for, the student's, the images'
+        recipe = "small" if (asked.get("img_size") or native or min(train[0][0].size)) < 64 else "imagenet"
+    defaults = {**RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"]}
+    settings = argparse.Namespace(**{**vars(args), **defaults, **saved, **given, "recipe": recipe})
+    if "lr" not in {**saved, **given}:
+        settings.lr = defaults["lr"] * settings.batch_size / defaults["batch_size"]
     if "first" in given or "last" in given:
         settings.first, settings.last = given.get("first", 0), given.get("last", 0)
-
-    method = METHODS[settings.method]
-    foreign = {option for other in METHODS.values() for option in other.options()} - method.options()
-    if "beta" not in method.options():
-        foreign |= {"first", "last", "student_layers", "teacher_layers"}
-    if not method.needs_teacher:
-        foreign |= {"teacher_weights", "teacher_head", "teacher_kwargs"}
-    if settings.img_size < 64:
-        foreign |= {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
-    if name != "shapes":
-        foreign |= {"train_size"}
-    if foreign & {*given}:
-        flags = ", ".join("--" + key.replace("_", "-") for key in sorted(foreign & {*given}))
-        raise ValueError(f"{flags}: no effect with --method {settings.method} on {name} at {settings.img_size} px")
-    if (settings.student_layers is None) != (settings.teacher_layers is None) or settings.student_layers and {"first", "last"} & {*given}:
-        raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
+    settings.out = settings.out or f"runs/{settings.method}"
+    settings.variant = settings.variant or METHODS[settings.method].variant
+    settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
+    check(settings, given, saved)
     return settings, (train, val, classes)
+
+
+MAY_CHANGE = {"out", "resume", "overwrite", "data", "data_root", "epochs", "workers", "device", "amp", "compile",
+              "snapshot_every"}                                         # between a run and its resumption
+
+
+def check(settings, given, saved):
+    """Raise ValueError for flags that contradict each other or the saved run, or that would have no effect."""
+    method = METHODS[settings.method]
+    idle = {option for other in METHODS.values() for option in other.options()} - method.options()
+    if "beta" not in method.options():
+        idle |= {"first", "last", "student_layers", "teacher_layers"}
+    if not method.needs_teacher:
+        idle |= {"teacher_weights", "teacher_head"}
+        if settings.variant == "plain":
+            idle |= {"teacher", "teacher_kwargs"}
+    if settings.img_size < 64:
+        idle |= {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
+    if settings.data != "shapes":
+        idle |= {"train_size"}
+    if idle & {*given}:
+        raise ValueError(f"{flags(idle & {*given})} would have no effect with --method {settings.method} --variant "
+                         f"{settings.variant} on {settings.data} at {settings.img_size} px")
+    if {"student_layers", "teacher_layers"} & {*given} and (
+            {"first", "last"} & {*given} or None in (settings.student_layers, settings.teacher_layers)):
+        raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
+    changed = {key for key in saved if key not in MAY_CHANGE and saved[key] != getattr(settings, key)}
+    if changed:
+        raise ValueError("the run in {} was made with {}: leave these as they were or choose another --out".format(
+            settings.out, ", ".join(f"{flags([key])} {saved[key]}, not {getattr(settings, key)}" for key in sorted(changed))))
+    if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite or settings.dry_run):
+        raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out")
+
+
+def flags(names):
+    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+
+def read_run(given):
+    out = Path(given.get("out") or f"runs/{given.get('method', COMMON['method'])}")
+    if not (out / "last.pt").exists() or not (out / "config.json").exists():
+        raise ValueError(f"{out} holds no run to resume (last.pt and config.json): give its folder with --out")
+    return json.loads((out / "config.json").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -195,17 +227,21 @@ def build(settings, classes):
     """Settings -> HookedModel teacher (None if the method wants none), Distiller, layer lists of student and teacher."""
     kind = METHODS[settings.method]
     options = {key: value for key, value in vars(settings).items() if key in kind.options() and value is not None}
-    variant = settings.variant or kind.variant
     common = dict(num_classes=classes, img_size=settings.img_size)
+    weights = settings.teacher_weights
+    if weights == RECIPES["shapes"]["teacher_weights"]:                 # the embedded one, from any working folder
+        weights = HERE / weights
     teacher = None
-    if kind.needs_teacher or variant != "plain":
+    if kind.needs_teacher and not weights:
+        check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
+    if kind.needs_teacher or settings.variant != "plain":
         known = kind.needs_teacher and not settings.dry_run             # else only its width matters
         teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
-                              pretrained=known and not settings.teacher_weights,
-                              weights=settings.teacher_weights if known else None,
+                              pretrained=known and not weights,
+                              weights=weights if known else None,
                               random_head=settings.teacher_head == "random")
     width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
-    student = build_model(settings.student, **common, variant=variant, teacher_width=width, **settings.student_kwargs or {})
+    student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width, **settings.student_kwargs or {})
 
     layers_s = layers_t = []
     if options.get("beta"):
@@ -238,7 +274,7 @@ def build(settings, classes):
     return hooked_t, distiller, statistics
 
 
-def describe(settings, teacher, distiller, train, val):
+def describe(settings, teacher, distiller, train, val, classes):
     """What --dry-run and the head of a run print, and what config.json adds to the settings."""
     count = lambda module: sum(p.numel() for p in module.parameters())
     return {
@@ -246,11 +282,20 @@ def describe(settings, teacher, distiller, train, val):
         "parameters": {"student": count(distiller.student), "method": count(distiller.method),
                        "teacher": count(teacher) if teacher else 0},
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
-        "images": {"train": len(train), "val": len(val)},
+        "images": {"train": len(train), "val": len(val), "classes": classes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "commit": _git_commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def summary(description):
+    """The head of a run: what learns from what."""
+    settings, layers = description["settings"], description["layers"]
+    sizes = {who: f"{count / 1e6:.2f} M" for who, count in description["parameters"].items()}
+    taught = f" <- {settings['teacher']} ({sizes['teacher']})" if description["parameters"]["teacher"] else ""
+    return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student layers "
+            f"{layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder {settings['out']}")
 
 
 def _git_commit():
@@ -263,15 +308,16 @@ def _git_commit():
 
 
 @torch.no_grad()
-def evaluate(model, loader, batches, classes, device, amp=False):
+def evaluate(model, loader, batches, amp=False):
     """Top-1 and top-5 accuracy in %, over all processes, every validation image counted once."""
     model.eval()
-    hits = torch.zeros(3, dtype=torch.int64, device=device)             # within top 1, within top 5, seen
+    device = next(model.parameters()).device
+    hits = torch.zeros(3, dtype=torch.int64, device=device)             # in the top 1, in the top 5, seen
     for images, labels in loader.load(batches):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits, _ = model(images)
-        found = logits.float().topk(min(5, classes)).indices == labels[:, None]
-        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.tensor(len(labels), device=device)])
+        found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.ones_like(labels).sum()])
     if dist.is_initialized():
         dist.all_reduce(hits)
     top1, top5, seen = hits.tolist()
@@ -279,7 +325,7 @@ def evaluate(model, loader, batches, classes, device, amp=False):
 
 
 def write(path, save):
-    """Write beside and rename: a crash leaves the former file whole."""
+    """Write beside and rename: a crash or a full disk leaves the former file whole."""
     part = path.with_name(path.name + ".part")
     save(part)
     os.replace(part, path)
@@ -289,75 +335,69 @@ def draw_curves(log, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    epochs = [record["epoch"] for record in log]
+    epochs = [record["epoch"] + 1 for record in log]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for term, style in zip(log[0]["terms"], ("-", "--", ":", "-.")):
+    for term, style in zip(log[0]["terms"], ("-", "--", ":")):
         left.plot(epochs, [record["terms"][term] for record in log], style, label=term)
     right.plot(epochs, [record["top1"] for record in log], "-", label="student")
-    right.plot(epochs, [record["ema_top1"] for record in log], "--", label="EMA of the student")
-    left.set(xlabel="epoch", ylabel="weighted loss term (nats, or squared units)", yscale="log")
+    right.plot(epochs, [record["ema_top1"] for record in log], "--", label="its EMA")
+    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
     right.set(xlabel="epoch", ylabel="validation top-1 (%)")
     left.legend(), right.legend()
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
+def report(record, log, epochs):
+    """One line an epoch, with the time that the rest will take."""
+    left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log)) / 60
+    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
+    print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  EMA "
+          f"{record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left:.1f} min left", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(settings, teacher, distiller, loaders, sizes, classes, out, device, rank, world):
-    train_loader, val_loader = loaders
-    train_size, val_size = sizes
-    steps = train_size // settings.batch_size
-    val_batches = data.evaluation_batches(val_size, max(1, min(256, settings.batch_size)), rank=rank, world=world)
-    student = distiller.student
-    if settings.amp is None:
-        settings.amp = device.type == "cuda"
+def train(settings, teacher, distiller, loaders, sizes, rank, world):
+    (train_loader, val_loader), (train_size, val_size) = loaders, sizes
+    student, device, out = distiller.student, next(distiller.parameters()).device, Path(settings.out)
+    steps = train_size // settings.batch_size                           # updates in an epoch
+    amp = device.type == "cuda" if settings.amp is None else settings.amp
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
+    val_batches = data.evaluation_batches(val_size, 250, rank=rank, world=world)
 
-    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay,
-                                    eps=1e-8, fused=True)
+    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
                                        warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
                                        step_on_epochs=False, updates_per_epoch=steps)
     ema = ModelEmaV3(student, decay=settings.ema_decay)
-    step, best, log, names, rows = 0, -1.0, [], None, None
+    step, best, log, rows = 0, -1.0, [], torch.zeros(steps, 0, device=device)
     if settings.resume:
         state = torch.load(out / "last.pt", map_location=device, weights_only=True)
         distiller.load_state_dict(state["distiller"])
         optimizer.load_state_dict(state["optimizer"])
         ema.module.load_state_dict(state["ema"])
-        step, best, log = state["step"], state["best"], json.loads(state["log"])
+        step, best, log, rows = state["step"], state["best"], json.loads(state["log"]), state["rows"]
     if settings.compile:
         student.compile()
         if teacher:
             teacher.compile()
-    ddp = DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None) if world > 1 else distiller
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=settings.amp)
-
-    def check_finite(rows, since):
-        """Look at the terms of the updates since the last look: the only moment the loop waits for the device."""
-        if world > 1:
-            dist.all_reduce(rows)
-            rows /= world
-        bad = (~rows.isfinite()).nonzero()
-        if len(bad):
-            update, term = bad[0].tolist()
-            fail(f"loss term {names[term]!r} is {rows[update, term].item()} at step {since + update}: nothing of this "
-                 f"epoch was saved; lower --lr{' or --beta' if term else ''}, or try --no-amp")
+    ddp = DistributedDataParallel(distiller) if world > 1 else distiller
 
     if teacher:
-        top1, top5 = evaluate(teacher, val_loader, val_batches, classes, device, settings.amp)
+        top1, top5 = evaluate(teacher, val_loader, val_batches, amp)
         if rank == 0:
             print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
 
     for epoch in range(step // steps, settings.epochs):
-        began, start = time.time(), step % steps
+        start, looked, began = step % steps, step % steps, time.time()
         batches = data.training_batches(train_size, settings.batch_size, seed=settings.seed, epoch=epoch, start=start,
                                         repeats=settings.repeats, accum=settings.accum, rank=rank, world=world)
-        stream, looked = train_loader.load(batches, epoch), start
+        stream = train_loader.load(batches, epoch)
         distiller.train()
-        for update in tqdm(range(start, steps), desc=f"epoch {epoch}", leave=False, disable=rank > 0 or None):
+        for update in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None):
             scheduler.step_update(step)
             torch.manual_seed(data.seed_of(settings.seed, step, rank))  # of drop-path and the like: differs by rank
             for micro in range(settings.accum):
@@ -368,53 +408,55 @@ def train(settings, teacher, distiller, loaders, sizes, classes, out, device, ra
                         with torch.no_grad():
                             taught = teacher(images) if teacher else None
                         _, terms = ddp(images, labels, taught)          # the loop never asks which method runs
-                    loss = sum(terms.values()) / settings.accum
-                    loss.backward()
-                row = torch.stack([*terms.values()]).detach() / settings.accum
-                if rows is None:
-                    names, rows = [*terms], torch.zeros(steps, len(terms), device=device)
-                rows[update] = row if micro == 0 else rows[update] + row
+                    (sum(terms.values()) / settings.accum).backward()
+                if not rows.numel():
+                    rows = torch.zeros(steps, len(terms), device=device)
+                rows[update] += torch.stack([*terms.values()]).detach() / settings.accum
             optimizer.step()
             optimizer.zero_grad()
             ema.update(student)
             step += 1
-            if update + 1 - looked == 50 or update + 1 == steps:
-                check_finite(rows[looked:update + 1], epoch * steps + looked)
+            if update + 1 - looked == 50 or update + 1 == steps:        # the only moment that waits for the device
+                check_finite(rows[looked:update + 1], [*terms], step - (update + 1 - looked), world)
                 looked = update + 1
 
-        seconds = time.time() - began
-        top1, top5 = evaluate(student, val_loader, val_batches, classes, device, settings.amp)
-        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, classes, device, settings.amp)
-        means = rows.mean(0).tolist()
+        seconds, means = time.time() - began, rows.mean(0).tolist()
+        top1, top5 = evaluate(student, val_loader, val_batches, amp)
+        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, amp)
         log.append({"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], "loss": sum(means),
-                    "terms": dict(zip(names, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1, "ema_top5": ema_top5,
-                    "images_per_s": (steps - start) * settings.batch_size / seconds, "seconds": time.time() - began})
+                    "terms": dict(zip(terms, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1,
+                    "ema_top5": ema_top5, "images_per_s": (steps - start) * settings.batch_size / seconds,
+                    "seconds": time.time() - began})
+        rows = torch.zeros_like(rows)
         if rank == 0:
-            report(log, settings.epochs)
-            weights = {"model": student.model.state_dict()}
+            report(log[-1], log, settings.epochs)
+            weights = {"model": student.model.state_dict(), "epoch": epoch, "top1": top1}
             if top1 > best:
-                write(out / "best.pt", lambda path: torch.save({**weights, "epoch": epoch, "top1": top1}, path))
+                write(out / "best.pt", partial(torch.save, weights))
             if (epoch + 1) % settings.snapshot_every == 0:
-                write(out / f"epoch_{epoch + 1:04d}.pt", lambda path: torch.save({**weights, "epoch": epoch}, path))
+                write(out / f"epoch_{epoch + 1:04d}.pt", partial(torch.save, weights))
             best = max(best, top1)
             write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-            write(out / "last.pt", lambda path: torch.save(
-                {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
-                 "step": step, "best": best, "log": json.dumps(log)}, path))
+            state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(),
+                     "ema": ema.module.state_dict(), "step": step, "best": best, "log": json.dumps(log), "rows": rows}
+            write(out / "last.pt", partial(torch.save, state))          # last: what it does not hold is made again
     if rank == 0:
-        state = {key: value.contiguous() for key, value in student.model.state_dict().items()}
-        write(out / "student.safetensors", lambda path: save_file(state, path))
-        write(out / "curves.png", lambda path: draw_curves(log, path))
+        weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
+        write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
+        write(out / "curves.png", partial(draw_curves, log))
         print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
 
 
-def report(log, epochs):
-    """One line an epoch, with the time that the rest will take."""
-    record = log[-1]
-    left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log))
-    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
-    print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  "
-          f"EMA {record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left / 60:.1f} min left", flush=True)
+def check_finite(rows, names, since, world):
+    """Average the loss terms of the last updates over all processes, in place; stop all of them at NaN or infinity."""
+    if world > 1:
+        dist.all_reduce(rows)
+        rows /= world
+    bad = (~rows.isfinite()).nonzero()
+    if len(bad):
+        update, term = bad[0].tolist()
+        fail(f"loss term {names[term]!r} is {rows[update, term].item()} at step {since + update}; the checkpoint of the "
+             f"last epoch is unharmed; try a lower --lr, a lower --beta or --no-amp", status=1)
 
 
 def main(argv=None):
@@ -422,49 +464,49 @@ def main(argv=None):
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            if torch.cuda.device_count() <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1:
-                raise ValueError(f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} CUDA devices are asked for and "
-                                 f"{torch.cuda.device_count()} are there: lower --nproc_per_node or use --device cpu")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
+        device = choose_device(args.device, local)
+        if "RANK" in os.environ and not dist.is_initialized():          # started by torchrun
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         settings, (train_set, val_set, classes) = resolve(args)
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
-        if not settings.dry_run and len(train_set) < settings.batch_size:
-            raise ValueError(f"a batch of {settings.batch_size} does not fill from {len(train_set)} training images: lower --batch-size")
+        if len(train_set) < settings.batch_size and not settings.dry_run:
+            raise ValueError(f"{len(train_set)} training images do not fill a batch of {settings.batch_size}: lower --batch-size")
         if settings.batch_size % (world * settings.accum):
-            raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x {settings.accum} accumulation steps")
-        if settings.repeats > settings.batch_size:
-            raise ValueError("--repeats must not exceed --batch-size")
-        out = Path(settings.out or f"runs/{settings.method}")
-        if not (settings.resume or settings.overwrite or settings.dry_run) and (out / "config.json").exists():
-            raise ValueError(f"{out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out")
-        settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
-        description = describe(settings, teacher, distiller, train_set, val_set)
+            raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
+                             f"{settings.accum} accumulation steps: change --batch-size or --accum")
+        description = describe(settings, teacher, distiller, train_set, val_set, classes)
         if rank == 0:
-            print(json.dumps(description, indent=1) if settings.dry_run else
-                  f"{settings.student} {description['parameters']}, layers {description['layers']}, images {description['images']}", flush=True)
+            print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
-        extra = {key: getattr(settings, key) for key in ("crop_pct", "auto_augment", "color_jitter", "random_erasing")
-                 if getattr(settings, key) is not None}
-        loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device,
-                                     seed=settings.seed, repeats=settings.repeats, workers=settings.workers or 2, **extra)
+        pipeline = {key: getattr(settings, key) for key in ("crop_pct", "auto_augment", "color_jitter", "random_erasing")
+                    if settings.img_size >= 64}
+        loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
+                                     seed=settings.seed, repeats=settings.repeats, workers=settings.workers)
+        if world > 1:
+            dist.barrier()                                              # all have looked before the first writes
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write(out / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            write(Path(settings.out) / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
     except (ValueError, OSError) as error:
         fail(error)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if teacher:
-        teacher.to(device)
-    train(settings, teacher, distiller.to(device), loaders, (len(train_set), len(val_set)), classes, out, device, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
+    teacher = teacher and teacher.to(device)
+    train(settings, teacher, distiller.to(device), loaders, (len(train_set), len(val_set)), rank, world)
+
+
+def choose_device(asked, local):
+    if asked == "cpu" or asked is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    there, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > there:
+        raise ValueError(f"{wanted} processes want a CUDA device each and there are {there}: lower --nproc_per_node, or "
+                         f"--device cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

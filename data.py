@@ -89,8 +89,11 @@ def _draw(table, pixels, labels):
 class Shapes(Dataset):
     """The embedded set as a map-style data set of (PIL image, label)."""
 
-    def __init__(self, count, split):
+    def __init__(self, count, split, label_noise=0.0):
         self.images, self.labels = draw_shapes(count, split)
+        draws = torch.from_numpy(np.random.default_rng([0, 2]).random((count, 2)))
+        guesses = (draws[:, 1] * (self.labels.max() + 1)).long()        # a wrong label may be right by chance
+        self.labels = torch.where(draws[:, 0] < label_noise, guesses, self.labels)
 
     def __len__(self):
         return len(self.labels)
@@ -103,15 +106,15 @@ class Shapes(Dataset):
 # Opening a data set
 
 
-def open_data(name, root="data", train_size=4000):
+def open_data(name, root="data", train_size=4000, label_noise=0.0):
     """Open the train and val splits of `shapes`, a folder, or a timm data set -> train, val, number of classes.
 
-    name: "shapes" (`train_size` images to train on), a folder that holds train/ and val/ with a folder a class, or a
+    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that holds train/ and val/ with a folder a class, or a
     name that timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in `root` and downloaded if need be.
     Raises ValueError or OSError, with what to do, for whatever cannot be used.
     """
     if name == "shapes":
-        return Shapes(train_size, "train"), Shapes(VAL_SIZE, "val"), len(SHAPES) * len(TEXTURES)
+        return Shapes(train_size, "train", label_noise), Shapes(VAL_SIZE, "val"), len(SHAPES) * len(TEXTURES)
     if name.startswith(("torch/", "hfds/")):
         try:
             train, val = (create_dataset(name, root=root, split=split, is_training=split == "train", download=True)

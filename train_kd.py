@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ COMMON = dict(method="spectral", data="shapes", data_root="data", alpha=0.9, bet
 TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=40, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
-    "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors", train_size=4000),
+    "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors", train_size=4000, label_noise=0.2),
     "small": TOY,
     # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
     "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
@@ -115,6 +116,7 @@ def parse_args(argv=None):
     group.add_argument("--data", help="shapes (default), a folder with train/ and val/, torch/NAME, hfds/NAME")
     group.add_argument("--data-root", metavar="DIR", help="where torch/ and hfds/ sets are kept (default: data)")
     group.add_argument("--train-size", type=count, help="shapes: how many training images to draw")
+    group.add_argument("--label-noise", type=share, help="shapes: share of the training labels that are drawn at random")
     group.add_argument("--img-size", type=count)
     group.add_argument("--repeats", type=count, help="repeated augmentation: times each image comes in its batch")
     group.add_argument("--auto-augment", metavar="POLICY", help="from 64 px: timm's RandAugment string, or none")
@@ -156,7 +158,7 @@ def resolve(args):
     given = {key: value for key, value in vars(args).items() if value not in (None, False) or key == "amp" and value is False}
     saved = read_run(given)["settings"] if args.resume else {}
     asked = {**COMMON, **saved, **given}
-    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked.get("train_size", 4000))
+    train, val, classes = data.open_data(asked["data"], asked["data_root"], *(asked.get(key, RECIPES["shapes"][key]) for key in ("train_size", "label_noise")))
     student = asked.get("student", "")
     native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student) else None
     if asked["data"] == "shapes":
@@ -193,7 +195,7 @@ def check(settings, given, saved):
     if settings.img_size < 64:
         idle |= {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
     if settings.data != "shapes":
-        idle |= {"train_size"}
+        idle |= {"train_size", "label_noise"}
     if idle & {*given}:
         raise ValueError(f"{flags(idle & {*given})} would have no effect with --method {settings.method} --variant "
                          f"{settings.variant} on {settings.data} at {settings.img_size} px")
@@ -385,6 +387,12 @@ def train(settings, teacher, distiller, loaders, sizes, rank, world):
         if teacher:
             teacher.compile()
     ddp = DistributedDataParallel(distiller) if world > 1 else distiller
+    stop = Stop(world)
+
+    def save():                                                         # last.pt: what it does not hold is made again
+        state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
+                 "step": step, "best": best, "log": json.dumps(log), "rows": rows}
+        write(out / "last.pt", partial(torch.save, state))
 
     if teacher:
         top1, top5 = evaluate(teacher, val_loader, val_batches, amp)
@@ -416,9 +424,16 @@ def train(settings, teacher, distiller, loaders, sizes, rank, world):
             optimizer.zero_grad()
             ema.update(student)
             step += 1
-            if update + 1 - looked == 50 or update + 1 == steps:        # the only moment that waits for the device
+            stopped = stop.asked()
+            if stopped or update + 1 - looked == 50 or update + 1 == steps:     # the only moment that waits for the device
                 check_finite(rows[looked:update + 1], [*terms], step - (update + 1 - looked), world)
                 looked = update + 1
+            if stopped and looked < steps:
+                if rank == 0:
+                    save()
+                    print(f"stopped by {signal.Signals(stopped).name} after step {step}: saved {out / 'last.pt'}; go on "
+                          f"with --resume --out {out}", flush=True)
+                sys.exit(128 + stopped)
 
         seconds, means = time.time() - began, rows.mean(0).tolist()
         top1, top5 = evaluate(student, val_loader, val_batches, amp)
@@ -437,14 +452,32 @@ def train(settings, teacher, distiller, loaders, sizes, rank, world):
                 write(out / f"epoch_{epoch + 1:04d}.pt", partial(torch.save, weights))
             best = max(best, top1)
             write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-            state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(),
-                     "ema": ema.module.state_dict(), "step": step, "best": best, "log": json.dumps(log), "rows": rows}
-            write(out / "last.pt", partial(torch.save, state))          # last: what it does not hold is made again
+            save()
     if rank == 0:
         weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
         write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
         write(out / "curves.png", partial(draw_curves, log))
         print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C, and lets all processes agree on the step after which to stop."""
+
+    def __init__(self, world):
+        self.received, self.group = 0, dist.new_group(backend="gloo") if world > 1 else None    # no wait for a GPU
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.received = number
+
+    def asked(self):
+        """The number of the signal that any process has received, or 0."""
+        if self.group is None:
+            return self.received
+        received = torch.tensor(self.received)
+        dist.all_reduce(received, dist.ReduceOp.MAX, self.group)
+        return received.item()
 
 
 def check_finite(rows, names, since, world):

@@ -126,7 +126,11 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0):
         if not (Path(name) / split).is_dir():
             raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
                              f"train/ and val/ with a folder of images for each class")
-    train, val = (ImageFolder(Path(name) / split) for split in ("train", "val"))     # OSError for an empty class
+    # A class without images is no mistake: it may keep its place among the 1000 of a teacher.
+    train, val = (ImageFolder(Path(name) / split, allow_empty=True) for split in ("train", "val"))
+    for split, dataset in (("train", train), ("val", val)):
+        if not len(dataset):
+            raise ValueError(f"{name}/{split} holds no images: it wants a folder of .jpg, .png, ... for each class")
     if train.classes != val.classes:
         raise ValueError(f"train/ and val/ of {name} differ in classes: "
                          f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")

@@ -161,7 +161,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         timm_kwargs["img_size"] = img_size
     create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
     if weights:
-        state = _read_weights(weights)
+        state = read_weights(weights)
         classifiers = tuple([pretrained_cfg.classifier] if isinstance(pretrained_cfg.classifier, str)
                             else pretrained_cfg.classifier)
         if random_head:
@@ -202,7 +202,8 @@ def check_pretrained_classes(name, num_classes, random_head=False):
                          f"trained on this data with --teacher-weights, or --teacher-head random")
 
 
-def _read_weights(path):
+def read_weights(path):
+    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one."""
     try:
         return load_state_dict(path, use_ema=False, weights_only=True)
     except FileNotFoundError:

@@ -56,7 +56,7 @@ def entropy_map(A, lo, hi, bins=BINS):
     [B, C, h, w] -> [B, h, w]. Bins as numpy.histogram's, whose last one is closed; values outside count at the ends.
     """
     B, C, h, w = A.shape
-    tokens = _full(tokens_of(A)).reshape(-1, C)
+    tokens = _full(tokens_of(A)).reshape(-1, C).contiguous()
     lo, hi = (lo, hi) if hi > lo else (lo - 0.5, hi + 0.5)              # as NumPy does for constant input
     edges = torch.from_numpy(np.linspace(lo, hi, bins + 1).astype(tokens.cpu().numpy().dtype)).to(tokens.device)
     share = torch.arange(C + 1, dtype=torch.float64) / C                # p for every possible count
@@ -130,7 +130,7 @@ def sep_bandwidth(curve, levels=BANDS):
     """EM: the first index, counted from 1, at which the SEP curve reaches each level (%), as a share of C."""
     reached = curve[None] >= torch.as_tensor(levels, dtype=curve.dtype, device=curve.device)[:, None] - 1e-9
     first = torch.where(reached.any(1), reached.int().argmax(1), len(curve) - 1)
-    return (first + 1) / len(curve)
+    return (first + 1).double() / len(curve)
 
 
 def _full(x):
@@ -432,25 +432,24 @@ def style(i, markers=True):
     return dict(color=shades[i % 6], linestyle=DASHES[i % 6], **({"marker": MARKERS[i % 6], "markersize": 3.5} if markers else {}))
 
 
-def finish(plt, figure, path):
+def finish(plt, figure, path, legend=None):
+    if legend:
+        figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_by_depth(results, series, ylabel, title, path, log=False):
+def draw_by_depth(results, series, ylabel, title, path):
     """One line a model; models of other depths share the axis by relative depth."""
     plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     depths = {len(r["modules"]) for r in results}
     for i, r in enumerate(results):
         values = series(r)
         x = np.arange(1, len(values) + 1) if len(depths) == 1 else np.linspace(0, 1, len(values))
         axes.plot(x, values, label=r["label"], **style(i))
     axes.set(xlabel="layer" if len(depths) == 1 else "relative depth (0: first layer, 1: last)", ylabel=ylabel, title=title)
-    if log:
-        axes.set_yscale("log")
-    axes.legend()
-    finish(plt, figure, path)
+    finish(plt, figure, path, legend=axes)
 
 
 def draw_spectra(results, path):
@@ -467,12 +466,10 @@ def draw_spectra(results, path):
             S = np.array(r["spectra"][layer])
             k = np.arange(len(S) // 2)
             axes.plot(k / len(S), S[:len(k)], color="black", linewidth=0.8)
-            axes.set_yscale("log")
             axes.set_title(f"layer {layer + 1} of {len(r['modules'])}", fontsize=8)
             axes.tick_params(labelsize=7)
-        low, high = (pick_fn(axes.get_ylim()[i] for axes in row[:len(pick)]) for i, pick_fn in ((0, min), (1, max)))
         for axes in row[:len(pick)]:
-            axes.set_ylim(low, high)
+            axes.set_ylim(0, 1.05 * max(max(r["spectra"][layer][:len(r["spectra"][layer]) // 2]) for layer in pick))
         row[0].set_ylabel(r["label"] if len(r["label"]) < 30 else "..." + r["label"][-27:], fontsize=7)
     figure.supxlabel("frequency over channels, k / C", fontsize=9)
     figure.supylabel("S[k], mean magnitude", fontsize=9)
@@ -490,9 +487,8 @@ def draw_ranks(results, path):
         axes.axvline(r["shape"][0], color="gray", linestyle=":", label="channels")
         axes.set_title(r["label"], fontsize=8)
         axes.set_ylabel("images")
-    panels[0, 0].legend()
     panels[-1, 0].set_xlabel("dimensions that hold 99 % of an image's energy in the last layer")
-    finish(plt, figure, path)
+    finish(plt, figure, path, legend=panels[0, 0])
 
 
 def draw_sep(results, path):
@@ -505,16 +501,15 @@ def draw_sep(results, path):
         right.plot(share, np.array(r["sep"]) - 100 * share, **style(i, markers=False))
     left.set(xlabel="share of channels, index order", ylabel="cumulative energy (%)", title="SEP")
     right.set(xlabel="share of channels, index order", ylabel="cumulative energy - diagonal (points)", title="less the diagonal")
-    left.legend()
-    finish(plt, figure, path)
+    finish(plt, figure, path, legend=left)
 
 
 def draw_all(results, out):
     for name in results[0]["entropy"]:
         draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)", f"Entropy by layer, {name} range (DD Eq. 3-5)",
                       out / ("entropy.png" if name == "global" else f"entropy_{name}.png"))
-    draw_by_depth(results, lambda r: r["magnitude"], "mean |activation|", "Magnitude by layer (DD Eq. 6)", out / "magnitude.png", log=True)
-    draw_by_depth(results, lambda r: r["intensity"], "mean of S[k] over k", "Intensity by layer (SK)", out / "intensity.png", log=True)
+    draw_by_depth(results, lambda r: r["magnitude"], "mean |activation|", "Magnitude by layer (DD Eq. 6)", out / "magnitude.png")
+    draw_by_depth(results, lambda r: r["intensity"], "mean of S[k] over k", "Intensity by layer (SK)", out / "intensity.png")
     if None not in results[0]["svd_layers"]:
         draw_by_depth(results, lambda r: r["svd_layers"], "mean rank at 99 % energy", "SVD rank by layer (EM)", out / "svd_layers.png")
     draw_spectra(results, out / "spectra.png")

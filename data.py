@@ -252,11 +252,11 @@ class Samples(Dataset):
         return self.transform(image.convert("RGB")), label
 
 
-def build_loaders(train, val, *, img_size, mean, std, device, seed=0, workers=2, repeats=1, crop_pct=0.875,
+def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1, workers=2, crop_pct=0.875,
                   auto_augment=None, color_jitter=None, random_erasing=0.0):
     """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
 
-    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as configured by the last three arguments.
+    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it.
     """
     if img_size < 64:
         return tuple(TensorLoader(dataset, img_size=img_size, mean=mean, std=std, device=device, seed=seed,

@@ -13,6 +13,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+import analyze
 import data
 import losses
 import models
@@ -244,6 +245,115 @@ def assert_same(a, b):
         [assert_same(*pair) for pair in zip(a, b)]
     else:
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# ----------------------------------------------------------------------------------------------------
+# analyze.py
+
+
+def numpy_ranks(energies, levels=analyze.LEVELS):
+    """Smallest k with a share >= level, the plain way. energies [images, C] -> [images, levels]."""
+    shares = np.cumsum(energies, axis=1) / energies.sum(1, keepdims=True)
+    return [[int(np.argmax(row >= level)) + 1 for level in levels] for row in shares]
+
+
+def numpy_entropy(A, lo, hi):
+    """DD Eq. 3 and 4 with numpy.histogram, token by token. [B, C, h, w] -> [B, h, w]."""
+    B, C, h, w = A.shape
+    result = np.zeros((B, h, w))
+    for b, y, x in np.ndindex(B, h, w):
+        p = np.histogram(A[b, :, y, x].numpy(), bins=100, range=(lo, hi))[0] / C
+        result[b, y, x] = -(p[p > 0] * np.log2(p[p > 0])).sum()
+    return result
+
+
+def test_metrics_golden():
+    A = wave(3, 2, 16, 3, 3)
+    lo, hi = A.min().item(), A.max().item()
+    near = dict(abs=1e-8)
+    assert analyze.channel_spectrum(A[0])[:4].tolist() == pytest.approx([0.65610145, 0.14649592, 0.17439990, 0.17355775], **near)
+    assert [analyze.entropy_map(layer, lo, hi).mean().item() for layer in A] == pytest.approx([3.76296992, 3.76296992, 3.78812656], **near)
+    assert [analyze.magnitude(layer).item() for layer in A] == pytest.approx([0.84923804, 0.85538544, 0.85123833], **near)
+    X = wave(5, 20, 12)
+    assert analyze.energy_ranks(X)[0].tolist() == [4, 6, 8, 10]
+    assert analyze.pca_ranks(X, analyze.second_moment(X))[:2].tolist() == [[6, 8, 10, 11], [6, 8, 10, 12]]
+    curve = analyze.sep_curve(X)
+    assert curve[:4].tolist() == pytest.approx([7.46693440, 30.93371383, 39.51336532, 43.78376685], **near)
+    assert analyze.sep_bandwidth(curve).tolist() == pytest.approx([0.5, 0.75, 11 / 12, 1, 1], **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("C, h, w", [(16, 3, 3), (15, 2, 4), (192, 5, 5), (7, 1, 1)])
+def test_metrics_equal_numpy(C, h, w, dtype):
+    A = torch.randn(3, C, h, w, dtype=dtype) * 3 + 1
+    X, tolerance = A.flatten(2).mT, dict(rel=1e-5 if dtype is torch.float32 else 1e-12)
+    tokens = X.numpy().astype(np.float64)
+    assert analyze.channel_spectrum(A).dtype == dtype
+    assert analyze.channel_spectrum(A).numpy() == pytest.approx(np.abs(np.fft.fft(tokens) / C).mean((0, 1)), **tolerance)
+    assert analyze.magnitude(A).item() == pytest.approx(np.abs(tokens).mean(), **tolerance)
+    lo, hi = A.min().item(), A.max().item()
+    assert analyze.entropy_map(A, lo, hi).numpy() == pytest.approx(numpy_entropy(A, lo, hi), **tolerance)
+    singular = np.linalg.svd(tokens, compute_uv=False)
+    assert analyze.energy_ranks(X).tolist() == numpy_ranks(singular ** 2)
+    moment = np.einsum("bnc,bnd->cd", tokens, tokens) / (3 * h * w)
+    assert analyze.second_moment(X).numpy() == pytest.approx(moment, rel=1e-6, abs=1e-6)
+    basis = np.linalg.eigh(moment)[1][:, ::-1]
+    assert analyze.pca_ranks(X, torch.from_numpy(moment)).tolist() == numpy_ranks(((tokens @ basis) ** 2).sum(1))
+    energy = np.abs(np.fft.fft(tokens)) ** 2
+    curve = 100 * np.cumsum(energy / energy.sum(-1, keepdims=True), axis=-1).mean((0, 1))
+    assert analyze.sep_curve(X).numpy() == pytest.approx(curve, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_on_bin_edges(dtype):
+    """Every edge, and the numbers just below and above it, fall where numpy.histogram puts them."""
+    for lo, hi in ((-1.0, 1.0), (0.1, 0.7), (-3.3, 12.7)):
+        edges = torch.from_numpy(np.linspace(lo, hi, 101)).to(dtype)
+        around = torch.cat([edges, edges.nextafter(torch.tensor(9e9).to(dtype)), edges.nextafter(torch.tensor(-9e9).to(dtype))])
+        lo, hi = edges[0].item(), edges[-1].item()
+        around = around[(around >= lo) & (around <= hi)]
+        A = torch.stack([around.roll(i)[:40] for i in range(len(around))]).view(-1, 40, 1, 1)
+        assert analyze.entropy_map(A, lo, hi).numpy() == pytest.approx(numpy_entropy(A, lo, hi), abs=1e-6)
+
+
+def test_metrics_of_degenerate_input():
+    constant, zeros = torch.full((1, 8, 2, 2), 3.0), torch.zeros(1, 4, 8)
+    assert analyze.entropy_map(constant, 3.0, 3.0).tolist() == [[[0, 0], [0, 0]]]
+    assert analyze.channel_spectrum(constant).tolist() == pytest.approx([3] + [0] * 7, abs=1e-6)
+    assert analyze.energy_ranks(constant.flatten(2).mT).tolist() == [[1, 1, 1, 1]]
+    assert analyze.energy_ranks(zeros).tolist() == analyze.pca_ranks(zeros, torch.eye(8)).tolist() == [[1, 1, 1, 1]]
+    X = torch.randn(1, 4, 8)
+    with_zero = torch.cat([X, torch.zeros(1, 1, 8)], dim=1)              # a token of zeros has no pattern
+    assert torch.equal(analyze.sep_curve(with_zero), analyze.sep_curve(X)) and not analyze.sep_curve(zeros).any()
+    assert analyze.sep_bandwidth(analyze.sep_curve(torch.ones(1, 1, 8))).tolist() == [0.125] * 5     # all in frequency 0
+
+
+def test_analysis_streams(tmp_path, monkeypatch):
+    """What main writes does not depend on the batches, and equals the metrics of all images at once."""
+    monkeypatch.setattr(data, "VAL_SIZE", 40)
+    flags = ["--models", "deit_toy_patch8_32=random", "--images", "7", "--model-kwargs", "depth=3", "--entropy-range", "global",
+             "layer", "percentile"]
+    for size in (2, 7):
+        analyze.main([*flags, "--batch-size", str(size), "--out", str(tmp_path / str(size))])
+    names = {path.name for path in (tmp_path / "2").iterdir()}
+    assert {f"{stem}.{end}" for stem in ("entropy", "magnitude", "intensity", "spectra", "svd_layers", "ranks", "sep")
+            for end in ("png", "csv")} | {"summary.md"} <= names
+    for name in ("entropy", "magnitude", "spectra", "sep"):
+        tables = [[line.split(",") for line in (tmp_path / size / f"{name}.csv").read_text().splitlines()[1:]
+                   if line.startswith("deit")] for size in ("2", "7")]
+        assert [float(row[-1]) for row in tables[0]] == pytest.approx([float(row[-1]) for row in tables[1]], rel=1e-4)
+    args = analyze.parse_args([*flags, "--no-controls"])
+    subject, load = analyze.open_subjects(args, torch.device("cpu"))[0], analyze.open_images("shapes", 7, 0)
+    with torch.no_grad():
+        maps = subject.maps(0, torch.stack([subject.transform(get()) for get in load]))
+    lo, hi = min(A.min() for A in maps).item(), max(A.max() for A in maps).item()
+    rows = [line.split(",") for line in (tmp_path / "7" / "entropy.csv").read_text().splitlines()]
+    ours = [float(row[-1]) for row in rows if row[0].startswith("deit") and row[3] == "global"]
+    assert ours == pytest.approx([analyze.entropy_map(A, lo, hi).mean().item() for A in maps], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the command lines
 
 
 def test_command_line_and_resume(tmp_path, monkeypatch):

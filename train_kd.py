@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 # The learning rate belongs to the recipe's batch and scales linearly with another one.
 COMMON = dict(method="spectral", data="shapes", data_root="data", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, weight_decay=0.05, repeats=1, accum=1, seed=0,
               min_lr=1e-5, warmup_lr=1e-6, teacher_weights=None, teacher_head="pretrained", workers=2)
-TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=40, batch_size=64,
+TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
     "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors", train_size=4000, label_noise=0.2),
@@ -178,6 +178,7 @@ def resolve(args):
     return settings, (train, val, classes)
 
 
+LARGE = {"crop_pct", "auto_augment", "color_jitter", "random_erasing", "workers"}       # for images from 64 px
 MAY_CHANGE = {"out", "resume", "overwrite", "data", "data_root", "epochs", "workers", "device", "amp", "compile",
               "snapshot_every"}                                         # between a run and its resumption
 
@@ -193,7 +194,7 @@ def check(settings, given, saved):
         if settings.variant == "plain":
             idle |= {"teacher", "teacher_kwargs"}
     if settings.img_size < 64:
-        idle |= {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
+        idle |= LARGE
     if settings.data != "shapes":
         idle |= {"train_size", "label_noise"}
     if idle & {*given}:
@@ -513,10 +514,9 @@ def main(argv=None):
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
-        pipeline = {key: getattr(settings, key) for key in ("crop_pct", "auto_augment", "color_jitter", "random_erasing")
-                    if settings.img_size >= 64}
+        pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
-                                     seed=settings.seed, repeats=settings.repeats, workers=settings.workers)
+                                     seed=settings.seed, repeats=settings.repeats)
         if world > 1:
             dist.barrier()                                              # all have looked before the first writes
         if rank == 0:

@@ -180,8 +180,8 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 class TensorLoader:
     """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
 
-    def __init__(self, dataset, *, img_size, mean, std, device, seed, repeats):
-        self.images, self.labels = (x.to(device) for x in _as_tensors(dataset, img_size))
+    def __init__(self, dataset, *, img_size, mean, std, device, seed, repeats, skip_bad):
+        self.images, self.labels = (x.to(device) for x in _as_tensors(dataset, img_size, skip_bad))
         self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
         self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
         self.seed, self.repeats = seed, repeats
@@ -199,12 +199,12 @@ class TensorLoader:
             yield images.float().mul_(self.scale).sub_(self.shift), self.labels[index]
 
 
-def _as_tensors(dataset, img_size):
+def _as_tensors(dataset, img_size, skip_bad):
     """Decode a whole data set: uint8 [N, 3, S, S], int64 [N]."""
     if isinstance(dataset, Shapes) and img_size == SIZE:
         return dataset.images, dataset.labels
     transform = create_transform(img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
-    samples = Samples(dataset, transform)
+    samples = Samples(dataset, transform, skip_bad=skip_bad)
     images, labels = zip(*(samples[index, 0] for index in range(len(dataset))))
     return torch.stack(images), torch.tensor(labels)
 
@@ -225,45 +225,59 @@ def pad_crop_flip(images, draws, padding=4):
 class StreamLoader:
     """Large images, decoded and augmented by worker processes."""
 
-    def __init__(self, dataset, *, train_transform, eval_transform, workers, device, seed):
-        self.dataset, self.transforms = dataset, (eval_transform, train_transform)
+    def __init__(self, dataset, *, train_transform, eval_transform, workers, device, seed, skip_bad):
+        self.dataset, self.transforms, self.skip_bad = dataset, (eval_transform, train_transform), skip_bad
         self.workers, self.device, self.seed = workers, device, seed
 
     def load(self, batches, epoch=None):
         """As TensorLoader.load. New workers for each call: nothing of a former epoch can leak into this one."""
-        samples = Samples(self.dataset, self.transforms[epoch is not None], (self.seed, epoch or 0))
+        samples = Samples(self.dataset, self.transforms[epoch is not None], (self.seed, epoch or 0), self.skip_bad)
         for images, labels in DataLoader(samples, batch_sampler=batches, num_workers=self.workers,
                                          pin_memory=self.device.type == "cuda"):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class Samples(Dataset):
-    """dataset[index] through a transform whose randomness is seeded by (*seed, index, repeat)."""
+class BadImage(ValueError):
+    """An image that cannot be decoded."""
 
-    def __init__(self, dataset, transform, seed=None):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+class Samples(Dataset):
+    """dataset[index] through a transform whose randomness is seeded by (*seed, index, repeat).
+
+    An image that cannot be read raises BadImage, or with `skip_bad` the next one that can be takes its place.
+    """
+
+    def __init__(self, dataset, transform, seed=None, skip_bad=False):
+        self.dataset, self.transform, self.seed, self.skip_bad = dataset, transform, seed, skip_bad
 
     def __getitem__(self, key):
         index, repeat = map(int, key)
         if self.seed is not None:
             seed = seed_of(*self.seed, index, repeat)
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)     # timm's transforms draw from all three
-        image, label = self.dataset[index]
-        return self.transform(image.convert("RGB")), label
+        for index in range(index, index + len(self.dataset)):
+            try:
+                image, label = self.dataset[index % len(self.dataset)]
+                return self.transform(image.convert("RGB")), label
+            except (OSError, SyntaxError) as error:                     # what PIL raises
+                path = getattr(self.dataset, "samples", {index: (f"number {index}",)})[index % len(self.dataset)][0]
+                if not self.skip_bad:
+                    raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or --skip-bad-images") from None
+        raise BadImage("none of the images can be read")
 
 
 def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1, workers=2, crop_pct=0.875,
-                  auto_augment=None, color_jitter=None, random_erasing=0.0):
+                  auto_augment=None, color_jitter=None, random_erasing=0.0, skip_bad_images=False):
     """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
 
     Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it.
     """
     if img_size < 64:
         return tuple(TensorLoader(dataset, img_size=img_size, mean=mean, std=std, device=device, seed=seed,
-                                  repeats=repeats) for dataset in (train, val))
+                                  repeats=repeats, skip_bad=skip_bad_images) for dataset in (train, val))
     common = dict(input_size=img_size, interpolation="bicubic", mean=mean, std=std)
     train_transform = create_transform(**common, is_training=True, auto_augment=auto_augment, re_mode="pixel",
                                        color_jitter=color_jitter, re_prob=random_erasing)
     eval_transform = create_transform(**common, crop_pct=crop_pct)
     return tuple(StreamLoader(dataset, train_transform=train_transform, eval_transform=eval_transform,
-                              workers=workers, device=device, seed=seed) for dataset in (train, val))
+                              workers=workers, device=device, seed=seed, skip_bad=skip_bad_images) for dataset in (train, val))

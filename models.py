@@ -3,6 +3,7 @@
 A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (the self-attention blocks), a stage of
 a Swin or ResNet. Its feature map is the raw output, before the final norm, without class or register tokens.
 """
+import logging
 from functools import partial
 
 import timm
@@ -182,6 +183,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
     if pretrained:
         check_pretrained_classes(name, num_classes, random_head)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # one line of ours instead of its many
         try:
             return create(pretrained=True)
         except Exception as error:                                      # hub, network and cache errors of many kinds

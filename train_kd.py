@@ -40,12 +40,13 @@ from models import VARIANTS, HookedModel, build_model, check_pretrained_classes,
 HERE = Path(__file__).resolve().parent
 
 # The learning rate belongs to the recipe's batch and scales linearly with another one.
-COMMON = dict(method="spectral", data="shapes", data_root="data", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, weight_decay=0.05, repeats=1, accum=1, seed=0,
-              min_lr=1e-5, warmup_lr=1e-6, teacher_weights=None, teacher_head="pretrained", workers=2)
+COMMON = dict(method="spectral", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, teacher_weights=None,
+              teacher_head="pretrained", data="shapes", data_root="data", train_size=4000, label_noise=0.2, repeats=1,
+              workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0)
 TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
-    "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors", train_size=4000, label_noise=0.2),
+    "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors"),
     "small": TOY,
     # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
     "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
@@ -123,6 +124,7 @@ def parse_args(argv=None):
     group.add_argument("--color-jitter", type=weight, help="from 64 px")
     group.add_argument("--random-erasing", type=share, help="from 64 px: probability")
     group.add_argument("--crop-pct", type=number(float, 0, 1, open_low=True), help="from 64 px: evaluation crop")
+    group.add_argument("--skip-bad-images", action="store_true", help="let the next image stand in for one that cannot be read")
     group.add_argument("--workers", type=number(int, 0, 1024), help="from 64 px: data processes for each process")
 
     group = parser.add_argument_group("training")
@@ -155,10 +157,10 @@ def resolve(args):
     Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
     flags that contradict each other or the run to resume, or that would have no effect.
     """
-    given = {key: value for key, value in vars(args).items() if value not in (None, False) or key == "amp" and value is False}
+    given = {key: value for key, value in vars(args).items() if value is not None and (value is not False or key == "amp")}
     saved = read_run(given)["settings"] if args.resume else {}
     asked = {**COMMON, **saved, **given}
-    train, val, classes = data.open_data(asked["data"], asked["data_root"], *(asked.get(key, RECIPES["shapes"][key]) for key in ("train_size", "label_noise")))
+    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
     student = asked.get("student", "")
     native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student) else None
     if asked["data"] == "shapes":
@@ -240,11 +242,11 @@ def build(settings, classes):
     if kind.needs_teacher or settings.variant != "plain":
         known = kind.needs_teacher and not settings.dry_run             # else only its width matters
         teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
-                              pretrained=known and not weights,
-                              weights=weights if known else None,
+                              pretrained=known and not weights, weights=weights if known else None,
                               random_head=settings.teacher_head == "random")
     width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
-    student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width, **settings.student_kwargs or {})
+    student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width,
+                          **settings.student_kwargs or {})
 
     layers_s = layers_t = []
     if options.get("beta"):
@@ -270,21 +272,23 @@ def build(settings, classes):
                                for s, t in zip(layers_s, layers_t)]
     distiller = Distiller(hooked_s, kind(**options))
 
-    # One forward pass of zeros finds grids that do not fit, before anything is paid for.
-    images, labels = torch.zeros(2, 3, settings.img_size, settings.img_size), torch.zeros(2, dtype=torch.long)
-    with torch.no_grad():
-        distiller.eval()(images, labels, hooked_t(images) if hooked_t else None)
     return hooked_t, distiller, statistics
 
 
+@torch.no_grad()
 def describe(settings, teacher, distiller, train, val, classes):
-    """What --dry-run and the head of a run print, and what config.json adds to the settings."""
+    """What --dry-run prints and config.json keeps. One forward pass of zeros finds grids that do not fit."""
     count = lambda module: sum(p.numel() for p in module.parameters())
+    images, labels = torch.zeros(2, 3, settings.img_size, settings.img_size), torch.zeros(2, dtype=torch.long)
+    taught = teacher(images) if teacher else (None, ())
+    logits, maps = distiller.eval().student(images)
+    distiller.method(labels, logits, maps, *taught)
     return {
-        "settings": vars(settings),
+        "settings": {key: value for key, value in vars(settings).items() if key not in ("resume", "overwrite", "dry_run")},
         "parameters": {"student": count(distiller.student), "method": count(distiller.method),
                        "teacher": count(teacher) if teacher else 0},
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
+        "maps": {"student": [list(A.shape[1:]) for A in maps], "teacher": [list(A.shape[1:]) for A in taught[1]]},
         "images": {"train": len(train), "val": len(val), "classes": classes},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "commit": _git_commit(),
@@ -327,6 +331,18 @@ def evaluate(model, loader, batches, amp=False):
     return 100 * top1 / seen, 100 * top5 / seen
 
 
+def load_state(path, distiller):
+    """Read last.pt, load the distiller from it, and return the rest for `train`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        distiller.load_state_dict(state["distiller"])
+        return {key: state[key] for key in ("optimizer", "ema", "step", "best", "log", "rows")}
+    except Exception as error:                                          # cut short, foreign, or a pickle with code in it
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"cannot resume from {path}, which is damaged or not a checkpoint of this run ({reason}): restore "
+                         f"it, or start again with --overwrite") from error
+
+
 def write(path, save):
     """Write beside and rename: a crash or a full disk leaves the former file whole."""
     part = path.with_name(path.name + ".part")
@@ -363,7 +379,7 @@ def report(record, log, epochs):
 # The loop
 
 
-def train(settings, teacher, distiller, loaders, sizes, rank, world):
+def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
     (train_loader, val_loader), (train_size, val_size) = loaders, sizes
     student, device, out = distiller.student, next(distiller.parameters()).device, Path(settings.out)
     steps = train_size // settings.batch_size                           # updates in an epoch
@@ -377,12 +393,10 @@ def train(settings, teacher, distiller, loaders, sizes, rank, world):
                                        step_on_epochs=False, updates_per_epoch=steps)
     ema = ModelEmaV3(student, decay=settings.ema_decay)
     step, best, log, rows = 0, -1.0, [], torch.zeros(steps, 0, device=device)
-    if settings.resume:
-        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
-        distiller.load_state_dict(state["distiller"])
+    if state:
         optimizer.load_state_dict(state["optimizer"])
         ema.module.load_state_dict(state["ema"])
-        step, best, log, rows = state["step"], state["best"], json.loads(state["log"]), state["rows"]
+        step, best, log, rows = state["step"], state["best"], json.loads(state["log"]), state["rows"].to(device)
     if settings.compile:
         student.compile()
         if teacher:
@@ -514,18 +528,27 @@ def main(argv=None):
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
+        state = load_state(Path(settings.out) / "last.pt", distiller) if settings.resume else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
+        sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
-                                     seed=settings.seed, repeats=settings.repeats)
+                                     seed=settings.seed, repeats=settings.repeats, skip_bad_images=settings.skip_bad_images)
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        if not os.access(settings.out, os.W_OK):
+            raise ValueError(f"{settings.out} is not writable: choose another --out")
         if world > 1:
             dist.barrier()                                              # all have looked before the first writes
         if rank == 0:
-            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            for old in [] if settings.resume else Path(settings.out).glob("*.*"):
+                if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
+                    old.unlink()                                        # of the run that --overwrite replaces
             write(Path(settings.out) / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
     except (ValueError, OSError) as error:
         fail(error)
-    teacher = teacher and teacher.to(device)
-    train(settings, teacher, distiller.to(device), loaders, (len(train_set), len(val_set)), rank, world)
+    try:
+        train(settings, teacher and teacher.to(device), distiller.to(device), state, loaders, sizes, rank, world)
+    except data.BadImage as error:                                      # from a data worker with its traceback in front
+        fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
 
 
 def choose_device(asked, local):

@@ -90,7 +90,7 @@ def _create(name, **kwargs):
     try:
         return timm.create_model(name, **kwargs)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f"cannot build {name}: {error}".splitlines()[0]) from error
+        raise ValueError(f"cannot build {name}: {_one_line(error)}") from error
 
 
 def _vit(name, **kwargs):

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -350,6 +352,175 @@ def test_analysis_streams(tmp_path, monkeypatch):
     rows = [line.split(",") for line in (tmp_path / "7" / "entropy.csv").read_text().splitlines()]
     ours = [float(row[-1]) for row in rows if row[0].startswith("deit") and row[3] == "global"]
     assert ours == pytest.approx([analyze.entropy_map(A, lo, hi).mean().item() for A in maps], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------
+# bad input: one line on stderr, status 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Good and bad folders, files and runs for the tests below."""
+    root = tmp_path_factory.mktemp("world")
+
+    def images(folder, classes, broken=False):
+        for name in classes:
+            (root / folder / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), (40 * i, 90, 20)).save(root / folder / name / f"{i}.png")
+        if broken:
+            (root / folder / name / "0.png").write_bytes((root / folder / name / "0.png").read_bytes()[:60])
+
+    for split in ("train", "val"):
+        images(f"good/{split}", "abc")
+        images(f"corrupt/{split}", "abc", broken=split == "train")
+        images(f"differ/{split}", "ab" if split == "train" else "ac")
+    images("no_val/train", "ab")
+    images("no_train/val", "ab")
+    for folder in ("empty", "hollow/train/a", "hollow/val/a", "norun"):
+        (root / folder).mkdir(parents=True)
+    images("flat", "a", broken=True)
+    (root / "file").write_text("not a folder")
+    (root / "garbage.pth").write_bytes(b"\x80\x02garbage")
+    (root / "cut.safetensors").write_bytes((HERE / "weights/cait_toy_shapes.safetensors").read_bytes()[:5000])
+    torch.save({"a": torch.zeros(1)}, root / "other.pth")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(data, "VAL_SIZE", 20)
+    train_kd.main([*TINY, "--method", "none", "--epochs", "1", "--device", "cpu", "--out", str(root / "run")])
+    for name in ("cutrun", "foreign"):
+        shutil.copytree(root / "run", root / name)
+    (root / "cutrun" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:-3000])
+    torch.save({"something": 1}, root / "foreign" / "last.pt")
+    yield root
+    monkey.undo()
+
+
+TRAIN_MISTAKES = {                                                      # flags, and a word that the line must hold
+    "method": ("--method nope", "nope"), "student": ("--student nope", "nope"), "teacher": ("--teacher nope", "nope"),
+    "variant": ("--variant nope", "nope"), "flag": ("--nope 1", "--nope"), "data set": ("--data torch/nope", "torch/nope"),
+    "no folder": ("--data {0}/absent", "absent"), "no train": ("--data {0}/no_train", "train/"),
+    "no val": ("--data {0}/no_val", "val/"), "empty": ("--data {0}/empty", "train/"), "hollow": ("--data {0}/hollow", "no images"),
+    "classes differ": ("--data {0}/differ --method none", "differ in classes"),
+    "corrupt": ("--data {0}/corrupt --method none --batch-size 2", "0.png"),
+    "no teacher for the data": ("--data {0}/good", "--teacher-weights"),
+    "teacher of other classes": ("--data {0}/good --teacher-weights weights/cait_toy_shapes.safetensors", "20 classes"),
+    "layer out of range": ("--student-layers 0 12 --teacher-layers 0 1", "out of range"),
+    "negative layer": ("--student-layers -1 --teacher-layers 0", "out of range"),
+    "unequal lists": ("--student-layers 0 1 --teacher-layers 0", "cannot be paired"),
+    "unsorted": ("--student-layers 1 0 --teacher-layers 0 1", "ascend"), "repeated": ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
+    "one list": ("--student-layers 1", "together"), "lists and first": ("--student-layers 1 --teacher-layers 1 --first 1", "together"),
+    "first too large": ("--first 13", "13"), "last too large": ("--last 99", "99"), "no layers": ("--first 0 --last 0", "cannot be paired"),
+    "grids": ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "x"), "alpha": ("--alpha 1.5", "1.5"),
+    "alpha nan": ("--alpha nan", "nan"), "beta": ("--beta -1", "-1"), "tau": ("--tau 0", "0"), "tau word": ("--tau warm", "warm"),
+    "lr": ("--lr 0", "0"), "lr inf": ("--lr inf", "inf"), "batch 0": ("--batch-size 0", "0"), "batch": ("--batch-size 65", "--batch-size"),
+    "accum": ("--accum 3", "does not divide"), "epochs": ("--epochs 0", "0"), "epochs float": ("--epochs 1.5", "1.5"),
+    "smoothing": ("--label-smoothing 2", "2"), "seed": ("--seed -1", "-1"), "image size": ("--img-size 36", "36"),
+    "no weights": ("--teacher-weights {0}/absent.pth", "absent.pth"), "cut weights": ("--teacher-weights {0}/cut.safetensors", "cut.safetensors"),
+    "garbage": ("--teacher-weights {0}/garbage.pth", "garbage.pth"), "other weights": ("--teacher-weights {0}/other.pth", "other.pth"),
+    "idle beta": ("--method soft --beta 1", "--beta"), "idle loss": ("--method projector --feature-loss mse", "--feature-loss"),
+    "idle first": ("--method soft --first 1", "--first"), "idle weights": ("--method none --teacher-weights x", "--teacher-weights"),
+    "idle augmentation": ("--color-jitter 0.1", "--color-jitter"), "kwargs": ("--student-kwargs nope=1", "nope"),
+    "variant of a CNN": ("--student resnet18 --variant lifted --img-size 32", "resnet18"), "exists": ("--out {0}/run", "--resume"),
+    "out is a file": ("--method none --out {0}/file", "file"), "resume nothing": ("--resume --out {0}/norun", "norun"),
+    "resume damaged": ("--resume --out {0}/cutrun", "last.pt"), "resume foreign": ("--resume --out {0}/foreign", "last.pt"),
+    "resume method": ("--resume --out {0}/run --method soft", "--method none"), "resume batch": ("--resume --out {0}/run --batch-size 8", "--batch-size 16"),
+    "resume data": ("--resume --out {0}/run --train-size 80", "--train-size 64"), "resume student": ("--resume --out {0}/run --student vit_tiny_patch16_224", "--student"),
+    "cuda": ("--device cuda", "CUDA"),
+}
+ANALYZE_MISTAKES = {
+    "model": ("--models nope", "nope"), "no folder": ("--models deit_toy_patch8_32=random --data {0}/absent", "absent"),
+    "no images": ("--models deit_toy_patch8_32=random --data {0}/empty", "no images"),
+    "corrupt": ("--models deit_toy_patch8_32=random --data {0}/flat", "0.png"),
+    "layer": ("--models deit_toy_patch8_32=random --layers 0 12", "out of range"), "layers": ("--models deit_toy_patch8_32=random --layers 1 1", "ascend"),
+    "no weights": ("--models deit_toy_patch8_32={0}/absent.pth", "absent.pth"), "cut weights": ("--models cait_toy_patch8_32={0}/cut.safetensors", "cut.safetensors"),
+    "other architecture": ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
+    "evolution of nothing": ("--evolution {0}/norun", "norun"), "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
+    "kwargs": ("--models deit_toy_patch8_32=random --model-kwargs nope=1", "nope"), "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
+    "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"), "out is a file": ("--models deit_toy_patch8_32=random --out {0}/file", "file"),
+    "cuda": ("--models deit_toy_patch8_32=random --device cuda", "CUDA"),
+}
+
+
+@pytest.mark.parametrize("program, mistake", [(train_kd, m) for m in TRAIN_MISTAKES] + [(analyze, m) for m in ANALYZE_MISTAKES])
+def test_mistakes(program, mistake, world, capsys, monkeypatch):
+    words, expected = (TRAIN_MISTAKES if program is train_kd else ANALYZE_MISTAKES)[mistake]
+    words = words.format(world).split()
+    if program is train_kd and "--resume" not in words:
+        words = [*(["--train-size", "64"] if "--data" not in words else []), *(["--batch-size", "16"] if "--batch-size" not in words else []), *words]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    if "--out" not in words:
+        words += ["--out", str(world / "never")]
+    before = {path: path.read_bytes() for path in (world / "run").iterdir()}
+    with pytest.raises(SystemExit) as end:
+        program.main(words)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1 and expected in line, line
+    assert "Traceback" not in line and not (world / "never" / "config.json").exists()
+    assert {path: path.read_bytes() for path in (world / "run").iterdir()} == before
+
+
+def test_hub_out_of_reach(monkeypatch, capsys):
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("no route to the hub")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match="local file"):
+        models.build_model("resnet18", num_classes=1000, pretrained=True)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes want a CUDA device each and there are 1"):
+        train_kd.choose_device(None, 1)
+
+
+class Mark:
+    """A pickle that would leave a mark when read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_crafted_pickle_runs_no_code(tmp_path, world):
+    torch.save({"model": Mark(tmp_path / "mark")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth"):
+        models.build_model("deit_toy_patch8_32", num_classes=20, weights=tmp_path / "evil.pth")
+    shutil.copytree(world / "run", tmp_path / "run")
+    torch.save({"distiller": Mark(tmp_path / "mark")}, tmp_path / "run" / "last.pt")
+    with pytest.raises(SystemExit):
+        train_kd.main(["--resume", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_full_disk_leaves_the_former_file(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("former")
+
+    def save(part):
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        train_kd.write(path, save)
+    assert path.read_text() == "former"
+
+
+def test_bad_images_can_be_skipped(world):
+    train, val, _ = data.open_data(str(world / "corrupt"))
+    with pytest.raises(data.BadImage, match="0.png"):
+        [data.Samples(train, lambda image: image)[i, 0] for i in range(len(train))]
+    skipping = data.Samples(train, lambda image: image, skip_bad=True)
+    assert len([skipping[i, 0] for i in range(len(train))]) == 6
 
 
 # ----------------------------------------------------------------------------------------------------

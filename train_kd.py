@@ -479,7 +479,7 @@ class Stop:
     """Remembers SIGTERM and Ctrl-C, and lets all processes agree on the step after which to stop."""
 
     def __init__(self, world):
-        self.received, self.group = 0, dist.new_group(backend="gloo") if world > 1 else None    # no wait for a GPU
+        self.received, self.world = 0, world
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
@@ -488,10 +488,9 @@ class Stop:
 
     def asked(self):
         """The number of the signal that any process has received, or 0."""
-        if self.group is None:
-            return self.received
-        received = torch.tensor(self.received)
-        dist.all_reduce(received, dist.ReduceOp.MAX, self.group)
+        received = torch.tensor(self.received)                          # on the CPU: no wait for a GPU
+        if self.world > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)
         return received.item()
 
 
@@ -514,12 +513,13 @@ def main(argv=None):
     try:
         device = choose_device(args.device, local)
         if "RANK" in os.environ and not dist.is_initialized():          # started by torchrun
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         settings, (train_set, val_set, classes) = resolve(args)
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
         if len(train_set) < settings.batch_size and not settings.dry_run:
-            raise ValueError(f"{len(train_set)} training images do not fill a batch of {settings.batch_size}: lower --batch-size")
+            raise ValueError(f"{len(train_set)} training images do not fill a batch of {settings.batch_size}: lower "
+                             f"--batch-size")
         if settings.batch_size % (world * settings.accum):
             raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
                              f"{settings.accum} accumulation steps: change --batch-size or --accum")
@@ -528,6 +528,9 @@ def main(argv=None):
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
+        if settings.resume and description["images"] != read_run(vars(settings))["images"]:
+            raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has {description['images']}, "
+                             f"the run had {read_run(vars(settings))['images']}")
         state = load_state(Path(settings.out) / "last.pt", distiller) if settings.resume else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
@@ -543,6 +546,8 @@ def main(argv=None):
                 if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
                     old.unlink()                                        # of the run that --overwrite replaces
             write(Path(settings.out) / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
+    except FileExistsError:
+        fail(f"{settings.out} is a file, not a folder: choose another --out")
     except (ValueError, OSError) as error:
         fail(error)
     try:

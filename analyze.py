@@ -380,7 +380,7 @@ def write_summary(results, args, out):
     """summary.md: ours and, where a model is one of the papers', the published numbers."""
     share = lambda values: "/".join(f"{value:.3f}".lstrip("0") for value in values)
     whole = lambda values: "/".join(f"{value:.0f}" for value in values)
-    last = [f"# {len(results)} models, {results[0]['images']} images of {args.data}", "", f"`{' '.join(sys.argv)}`", "",
+    last = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])}`", "",
             "## Depth (DD Figs. 1, 2, 5, 6)", "", "Layers counted from 1. A U falls to a minimum inside and rises again.", "",
             "| model | entropy range | first | minimum (layer) | last | published minimum | magnitude first | minimum (layer) | last |",
             "|---|---|---|---|---|---|---|---|---|"]
@@ -389,7 +389,7 @@ def write_summary(results, args, out):
             cells = [f"{values[0]:.3f} | {min(values):.3f} ({int(np.argmin(values)) + 1}) | {values[-1]:.3f}"
                      for values in (entropy, r["magnitude"])]
             last.append(f"| {r['label']} | {name} | {cells[0]} | {PUBLISHED.get(r['name'], {}).get('minimum', '-')} | {cells[1]} |")
-    last += ["", f"## Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)", "",
+    last += ["", "## Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)", "",
              "| model | C | SVD | published | dataset PCA | published |", "|---|---|---|---|---|---|"]
     for r in results:
         published = PUBLISHED.get(r["name"], {}) if "=random" not in r["label"] else {}
@@ -435,7 +435,7 @@ def style(i, markers=True):
 def finish(plt, figure, path, legend=None):
     if legend:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

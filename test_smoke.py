@@ -3,8 +3,10 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -551,6 +553,30 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(student.eval()(images), distiller.student.eval()(images)[0])
+
+
+def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
+    """kill -9 in the first run, SIGTERM in the second (after a step, within an epoch), and the third reaches the end."""
+    flags = [*TINY, "--method", "none", "--epochs", "5", "--device", "cpu", "--train-size", "640"]
+    launch("train_kd.py", *flags, "--out", tmp_path / "whole")
+    out, resume = tmp_path / "parts", ["--resume", "--out", str(tmp_path / "parts")]
+    for number, command in ((signal.SIGKILL, [*flags, "--out", str(out)]), (signal.SIGTERM, resume)):
+        stamp = out.exists() and (out / "last.pt").stat().st_mtime_ns
+        process = subprocess.Popen([sys.executable, "train_kd.py", *command], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not (out / "last.pt").exists() or (out / "last.pt").stat().st_mtime_ns == stamp:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.1)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert "stopped by SIGTERM after step" in said and not (out / "student.safetensors").exists()
+    launch("train_kd.py", *resume)
+    assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 5
+    ends = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole")]
+    [end.pop("log") for end in ends]
+    assert_same(*ends)
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -84,11 +84,11 @@ def energy_ranks(X, levels=LEVELS):
     """EM: for each image the smallest k whose k largest squared singular values hold a share >= level of all.
 
     Tokens [B, N, C], not centred -> int64 [B, len(levels)]. Squared singular values are the eigenvalues of the smaller
-    Gram matrix, formed in float64.
+    Gram matrix, found in float64.
     """
-    X = X.double()
+    X = _full(X)
     gram = X @ X.mT if X.shape[1] < X.shape[2] else X.mT @ X
-    energies = torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1)
+    energies = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(-1)
     return _smallest_k(energies, levels)
 
 
@@ -435,7 +435,7 @@ def style(i, markers=True):
 def finish(plt, figure, path, legend=None):
     if legend:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -543,7 +543,7 @@ def evolution(args, device):
             shade = 0.85 * (1 - i / max(1, len(lines) - 1))             # light: early, black: the last
             axes.plot(range(1, len(line) + 1), line, color=str(shade), marker="o" if i == len(lines) - 1 else None, markersize=3,
                       label=f"epoch {epoch}" if i in (0, len(lines) // 2, len(lines) - 1) else None)
-        axes.set(xlabel="layer", title=name)
+        axes.set(xlabel="layer", title=name, xticks=range(1, len(line) + 1, max(1, len(line) // 6)))
     grid[0, 0].set_ylabel("entropy (bits)")
     grid[0, -1].legend()
     finish(plt, figure, args.out / "evolution.png")

@@ -414,8 +414,9 @@ def write_summary(results, args, out):
 # ----------------------------------------------------------------------------------------------------
 # Numbers to pictures: lines differ in dash and marker, so that they can be told apart without colour
 
-DASHES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "x")
+DASHES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 4)))
+MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
+SHADES = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f", "#5e3c99", "#d98cb3")
 
 
 def plotter():
@@ -428,14 +429,13 @@ def plotter():
 
 
 def style(i, markers=True):
-    shades = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f")
-    return dict(color=shades[i % 6], linestyle=DASHES[i % 6], **({"marker": MARKERS[i % 6], "markersize": 3.5} if markers else {}))
+    return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], **({"marker": MARKERS[i % 8], "markersize": 3.5} if markers else {}))
 
 
-def finish(plt, figure, path, legend=None):
+def finish(plt, figure, path, legend=None, dpi=80):
     if legend:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
@@ -468,12 +468,17 @@ def draw_spectra(results, path):
             axes.plot(k / len(S), S[:len(k)], color="black", linewidth=0.8)
             axes.set_title(f"layer {layer + 1} of {len(r['modules'])}", fontsize=8)
             axes.tick_params(labelsize=7)
-        for axes in row[:len(pick)]:
-            axes.set_ylim(0, 1.05 * max(max(r["spectra"][layer][:len(r["spectra"][layer]) // 2]) for layer in pick))
+        shown = np.concatenate([r["spectra"][layer][:len(r["spectra"][layer]) // 2] for layer in pick])
+        for axes in row[:len(pick)]:                                    # one scale a row
+            if shown.max() > 30 * np.median(shown):                     # low-pass: a line at 0 beside one peak otherwise
+                axes.set_yscale("log")
+                axes.set_ylim(shown.min() / 1.5, shown.max() * 1.5)
+            else:
+                axes.set_ylim(0, 1.05 * shown.max())
         row[0].set_ylabel(r["label"] if len(r["label"]) < 30 else "..." + r["label"][-27:], fontsize=7)
     figure.supxlabel("frequency over channels, k / C", fontsize=9)
     figure.supylabel("S[k], mean magnitude", fontsize=9)
-    finish(plt, figure, path)
+    finish(plt, figure, path, dpi=80 if len(results) < 5 else 60)
 
 
 def draw_ranks(results, path):

@@ -386,15 +386,14 @@ def world(tmp_path_factory):
     (root / "garbage.pth").write_bytes(b"\x80\x02garbage")
     (root / "cut.safetensors").write_bytes((HERE / "weights/cait_toy_shapes.safetensors").read_bytes()[:5000])
     torch.save({"a": torch.zeros(1)}, root / "other.pth")
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(data, "VAL_SIZE", 20)
-    train_kd.main([*TINY, "--method", "none", "--epochs", "1", "--device", "cpu", "--out", str(root / "run")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "VAL_SIZE", 20)
+        train_kd.main([*TINY, "--method", "none", "--epochs", "1", "--device", "cpu", "--out", str(root / "run")])
     for name in ("cutrun", "foreign"):
         shutil.copytree(root / "run", root / name)
     (root / "cutrun" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:-3000])
     torch.save({"something": 1}, root / "foreign" / "last.pt")
-    yield root
-    monkey.undo()
+    return root
 
 
 TRAIN_MISTAKES = {                                                      # flags, and a word that the line must hold
@@ -449,6 +448,7 @@ def test_mistakes(program, mistake, world, capsys, monkeypatch):
     words = words.format(world).split()
     if program is train_kd and "--resume" not in words:
         words = [*(["--train-size", "64"] if "--data" not in words else []), *(["--batch-size", "16"] if "--batch-size" not in words else []), *words]
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     if "--out" not in words:
@@ -493,7 +493,8 @@ class Mark:
         return Path.touch, (self.path,)
 
 
-def test_a_crafted_pickle_runs_no_code(tmp_path, world):
+def test_a_crafted_pickle_runs_no_code(tmp_path, world, monkeypatch, capsys):
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
     torch.save({"model": Mark(tmp_path / "mark")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="evil.pth"):
         models.build_model("deit_toy_patch8_32", num_classes=20, weights=tmp_path / "evil.pth")
@@ -501,6 +502,7 @@ def test_a_crafted_pickle_runs_no_code(tmp_path, world):
     torch.save({"distiller": Mark(tmp_path / "mark")}, tmp_path / "run" / "last.pt")
     with pytest.raises(SystemExit):
         train_kd.main(["--resume", "--out", str(tmp_path / "run")])
+    assert "last.pt, which is damaged" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
 
 

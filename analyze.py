@@ -46,8 +46,12 @@ def tokens_of(A):
 def channel_spectrum(A):
     """DD Eq. 1 and 2: S[k] = mean over B, h, w of |FFT over channels / C|. [B, C, h, w] -> [C]."""
     C = A.shape[1]
-    half = torch.fft.rfft(_full(tokens_of(A)), dim=-1, norm="forward").abs().mean((0, 1))
-    return torch.cat([half, half[1:(C + 1) // 2].flip(0)])              # the spectrum of real values is symmetric
+    return _mirrored(torch.fft.rfft(_full(tokens_of(A)), dim=-1, norm="forward").abs().mean((0, 1)), C)
+
+
+def _mirrored(half, C):
+    """All C frequencies from the non-negative ones: the spectrum of real values is symmetric."""
+    return torch.cat([half, half[..., 1:(C + 1) // 2].flip(-1)], dim=-1)
 
 
 def entropy_map(A, lo, hi, bins=BINS):
@@ -58,7 +62,7 @@ def entropy_map(A, lo, hi, bins=BINS):
     B, C, h, w = A.shape
     tokens = _full(tokens_of(A)).reshape(-1, C).contiguous()
     lo, hi = (lo, hi) if hi > lo else (lo - 0.5, hi + 0.5)              # as NumPy does for constant input
-    edges = torch.from_numpy(np.linspace(lo, hi, bins + 1).astype(tokens.cpu().numpy().dtype)).to(tokens.device)
+    edges = torch.from_numpy(np.linspace(lo, hi, bins + 1)).to(tokens)
     share = torch.arange(C + 1, dtype=torch.float64) / C                # p for every possible count
     bits = (-torch.special.xlogy(share, share) / math.log(2)).to(tokens)
     scale = bins / (hi - lo)
@@ -103,8 +107,15 @@ def pca_ranks(X, moment, levels=LEVELS):
 
     Tokens [B, N, C], second moment [C, C] of all images' tokens -> int64 [B, len(levels)].
     """
-    vectors = torch.linalg.eigh(moment.double()).eigenvectors.flip(-1)  # by falling eigenvalue
-    return _smallest_k((X.double() @ vectors).square().sum(1), levels)
+    return _ranks_along(_principal_axes(moment), X, levels)
+
+
+def _principal_axes(moment):
+    return torch.linalg.eigh(moment.double()).eigenvectors.flip(-1)     # by falling eigenvalue
+
+
+def _ranks_along(axes, X, levels=LEVELS):
+    return _smallest_k((X.double() @ axes).square().sum(1), levels)
 
 
 def _smallest_k(energies, levels):
@@ -116,10 +127,9 @@ def _smallest_k(energies, levels):
 def sep_curve(X):
     """EM, Spectral Energy Pattern: the cumulative |FFT over channels|^2 of a token, in index order 0..C-1, in % of its
     whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros, which have no pattern, are left out."""
-    tokens = X.reshape(-1, X.shape[-1]).to(torch.float64 if X.dtype == torch.float64 else torch.float32)
-    half = torch.fft.rfft(tokens, dim=-1).abs().square()
-    C = tokens.shape[-1]
-    energy = torch.cat([half, half[:, 1:(C + 1) // 2].flip(-1)], dim=-1)
+    C = X.shape[-1]
+    tokens = _full(X.reshape(-1, C))
+    energy = _mirrored(torch.fft.rfft(tokens, dim=-1).abs().square(), C)
     energy = energy[energy.sum(-1) > 0]
     if not len(energy):
         return torch.zeros(C, dtype=tokens.dtype, device=tokens.device)
@@ -152,8 +162,7 @@ def open_images(name, count, seed):
         found = [lambda i=i: dataset[i][0].convert("RGB") for i in range(len(dataset))]
     elif folder.is_dir():
         folder = folder / "val" if (folder / "val").is_dir() else folder
-        endings = IMG_EXTENSIONS
-        found = [lambda path=path: load_image(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings]
+        found = [lambda path=path: load_image(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS]
     else:
         raise ValueError(f"{name} is neither a folder of images nor shapes, torch/NAME or hfds/NAME")
     if not found:
@@ -229,11 +238,12 @@ def open_model(text, args):
 
 def open_student(run, file):
     """The student of a run, as `file` of its folder holds it."""
-    settings = json.loads((run / "config.json").read_text())["settings"]
+    config = json.loads((run / "config.json").read_text())
+    settings = config["settings"]
     if not (run / file).is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     state = read_weights(run / file)
-    classes, width = state["head.weight"].shape if "head.weight" in state else (settings["classes"], None)
+    classes, width = state["head.weight"].shape if "head.weight" in state else (config["images"]["classes"], None)
     return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"], variant=settings["variant"],
                        teacher_width=width, weights=run / file, **settings["student_kwargs"] or {})
 
@@ -274,11 +284,11 @@ def measure(subject, load, args, device):
     if "percentile" in args.entropy_range:
         ranges["percentile"] = [fine_percentiles(fine, 0.001, 0.999)] * count
 
-    moment = moment / tokens
+    axes = _principal_axes(moment / tokens)
     sums = {name: torch.zeros(count, dtype=torch.float64) for name in (*args.entropy_range, "magnitude")}
     spectra, ranks, pca = [0] * count, [[] for _ in range(count)], []
     sep = permuted = 0
-    permutation = torch.randperm(len(moment), generator=torch.Generator().manual_seed(args.seed)).to(device)
+    permutation = torch.randperm(len(axes), generator=torch.Generator().manual_seed(args.seed)).to(device)
     for start, images in batches(subject, load, args.batch_size, device, f"{subject.label}: metrics"):
         maps, weight = subject.maps(start, images), len(images) / len(load)
         for layer, A in enumerate(maps):
@@ -289,7 +299,7 @@ def measure(subject, load, args, device):
             if args.layer_ranks or layer == count - 1:
                 ranks[layer].append(energy_ranks(tokens_of(A)).cpu())
         X = tokens_of(maps[-1])
-        pca.append(pca_ranks(X, moment).cpu())
+        pca.append(_ranks_along(axes, X).cpu())
         sep += sep_curve(X).double() * weight
         permuted += sep_curve(X[..., permutation]).double() * weight
     shape = tuple(maps[-1].shape[1:])

@@ -181,7 +181,7 @@ def resolve(args):
 
 
 LARGE = {"crop_pct", "auto_augment", "color_jitter", "random_erasing", "workers"}       # for images from 64 px
-MAY_CHANGE = {"out", "resume", "overwrite", "data", "data_root", "epochs", "workers", "device", "amp", "compile",
+MAY_CHANGE = {"out", "data", "data_root", "epochs", "workers", "device", "amp", "compile",
               "snapshot_every"}                                         # between a run and its resumption
 
 
@@ -229,7 +229,7 @@ def read_run(given):
 
 
 def build(settings, classes):
-    """Settings -> HookedModel teacher (None if the method wants none), Distiller, layer lists of student and teacher."""
+    """Settings -> HookedModel teacher (None if the method wants none), Distiller, and the mean and std of its images."""
     kind = METHODS[settings.method]
     options = {key: value for key, value in vars(settings).items() if key in kind.options() and value is not None}
     common = dict(num_classes=classes, img_size=settings.img_size)
@@ -270,9 +270,7 @@ def build(settings, classes):
         hooked_t = HookedModel(teacher, layers_t, **statistics).eval().requires_grad_(False)
         options["channels"] = [(student.feature_info[s]["num_chs"], teacher.feature_info[t]["num_chs"])
                                for s, t in zip(layers_s, layers_t)]
-    distiller = Distiller(hooked_s, kind(**options))
-
-    return hooked_t, distiller, statistics
+    return hooked_t, Distiller(hooked_s, kind(**options)), statistics
 
 
 @torch.no_grad()

@@ -109,8 +109,9 @@ class Shapes(Dataset):
 def open_data(name, root="data", train_size=4000, label_noise=0.0):
     """Open the train and val splits of `shapes`, a folder, or a timm data set -> train, val, number of classes.
 
-    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that holds train/ and val/ with a folder a class, or a
-    name that timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in `root` and downloaded if need be.
+    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that
+    holds train/ and val/ with a folder a class, or a name that timm.data.create_dataset knows (torch/cifar100,
+    hfds/...), kept in `root` and downloaded if need be.
     Raises ValueError or OSError, with what to do, for whatever cannot be used.
     """
     if name == "shapes":

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -369,7 +370,8 @@ def world(tmp_path_factory):
         for name in classes:
             (root / folder / name).mkdir(parents=True)
             for i in range(2):
-                Image.new("RGB", (32, 32), (40 * i, 90, 20)).save(root / folder / name / f"{i}.png")
+                pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(root / folder / name / f"{i}.png")
         if broken:
             (root / folder / name / "0.png").write_bytes((root / folder / name / "0.png").read_bytes()[:60])
 
@@ -506,17 +508,36 @@ def test_a_crafted_pickle_runs_no_code(tmp_path, world, monkeypatch, capsys):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_full_disk_leaves_the_former_file(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_text("former")
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, world, monkeypatch, capsys):
+    """No file may grow beyond 64 kB: the checkpoint cannot be written, and the run is none the worse for it."""
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    out = tmp_path / "run"
+    shutil.copytree(world / "run", out)
+    former, resume = (out / "last.pt").read_bytes(), ["--resume", "--out", str(out), "--epochs", "2"]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, unlimited[1]))
+    with pytest.raises(SystemExit, match="1"):
+        train_kd.main(resume)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    line = capsys.readouterr().err
+    assert line.startswith("error: cannot write") and line.count("\n") == 1
+    assert (out / "last.pt").read_bytes() == former and not [*out.glob("*.part")]
+    train_kd.main(resume)
+    assert len(log_of(out)) == 2
 
-    def save(part):
-        part.write_text("half")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
-        train_kd.write(path, save)
-    assert path.read_text() == "former"
+def test_workers_may_change(tmp_path, world, monkeypatch):
+    """From 64 px on images are decoded and augmented by workers: 2 of them, or none and 1 after an interruption."""
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    flags = ["--data", str(world / "good"), "--method", "none", "--student", "deit_toy_patch8_32", "--img-size", "64", *TINY[4:],
+             "--batch-size", "2", "--epochs", "2", "--repeats", "1", "--device", "cpu", "--out"]
+    train_kd.main([*flags, str(tmp_path / "whole"), "--workers", "2"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_kd, "report", lambda record, log, epochs: len(log) == 2 and sys.exit())
+        train_kd.main([*flags, str(tmp_path / "parts"), "--workers", "0"])
+    train_kd.main(["--resume", "--out", str(tmp_path / "parts"), "--workers", "1"])
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and len(log_of(tmp_path / "parts")) == 2
+    assert_same(*(models.read_weights(tmp_path / name / "student.safetensors") for name in ("whole", "parts")))
 
 
 def test_bad_images_can_be_skipped(world):
@@ -579,6 +600,24 @@ def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
     ends = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole")]
     [end.pop("log") for end in ends]
     assert_same(*ends)
+
+
+def test_a_signal_stops_all_processes(tmp_path):
+    """SIGTERM to torchrun: both processes finish the step, the first saves, none is left behind; one process goes on."""
+    flags = [*TINY, "--method", "none", "--epochs", "500", "--device", "cpu", "--train-size", "640", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py", *flags]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)                           # ends when nobody holds the pipe any more
+    assert process.returncode and said.count("stopped by SIGTERM after step") == 1
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert f"after step {step}:" in said and not (tmp_path / "student.safetensors").exists()
+    launch("train_kd.py", "--resume", "--out", tmp_path, "--epochs", step // 40 + 1)
+    assert len(log_of(tmp_path)) == step // 40 + 1
 
 
 def test_two_processes_equal_one(tmp_path):

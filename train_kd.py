@@ -219,8 +219,9 @@ def flags(names):
 
 def read_run(given):
     out = Path(given.get("out") or f"runs/{given.get('method', COMMON['method'])}")
-    if not (out / "last.pt").exists() or not (out / "config.json").exists():
-        raise ValueError(f"{out} holds no run to resume (last.pt and config.json): give its folder with --out")
+    # Without a log the run ended before its first checkpoint, and goes on from the start.
+    if not (out / "config.json").exists() or (out / "log.jsonl").exists() and not (out / "last.pt").exists():
+        raise ValueError(f"{out} holds no run to resume (config.json and last.pt): give its folder with --out")
     return json.loads((out / "config.json").read_text())
 
 
@@ -342,10 +343,15 @@ def load_state(path, distiller):
 
 
 def write(path, save):
-    """Write beside and rename: a crash or a full disk leaves the former file whole."""
+    """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
     part = path.with_name(path.name + ".part")
-    save(part)
-    os.replace(part, path)
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                            # torch.save has the latter for a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is unharmed: make "
+                      f"room, then --resume") from error
 
 
 def draw_curves(log, path):
@@ -402,10 +408,11 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
     ddp = DistributedDataParallel(distiller) if world > 1 else distiller
     stop = Stop(world)
 
-    def save():                                                         # last.pt: what it does not hold is made again
+    def save():                                                         # what last.pt does not hold is made again
         state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
                  "step": step, "best": best, "log": json.dumps(log), "rows": rows}
         write(out / "last.pt", partial(torch.save, state))
+        write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
 
     if teacher:
         top1, top5 = evaluate(teacher, val_loader, val_batches, amp)
@@ -464,9 +471,9 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
             if (epoch + 1) % settings.snapshot_every == 0:
                 write(out / f"epoch_{epoch + 1:04d}.pt", partial(torch.save, weights))
             best = max(best, top1)
-            write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
             save()
     if rank == 0:
+        save()                                                          # the log, had the run been killed between the two
         weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
         write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
         write(out / "curves.png", partial(draw_curves, log))
@@ -529,7 +536,8 @@ def main(argv=None):
         if settings.resume and description["images"] != read_run(vars(settings))["images"]:
             raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has {description['images']}, "
                              f"the run had {read_run(vars(settings))['images']}")
-        state = load_state(Path(settings.out) / "last.pt", distiller) if settings.resume else None
+        last = Path(settings.out) / "last.pt"
+        state = load_state(last, distiller) if settings.resume and last.exists() else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
@@ -552,6 +560,8 @@ def main(argv=None):
         train(settings, teacher and teacher.to(device), distiller.to(device), state, loaders, sizes, rank, world)
     except data.BadImage as error:                                      # from a data worker with its traceback in front
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
+    except OSError as error:
+        fail(error, status=1)
 
 
 def choose_device(asked, local):

@@ -533,7 +533,7 @@ def test_workers_may_change(tmp_path, world, monkeypatch):
              "--batch-size", "2", "--epochs", "2", "--repeats", "1", "--device", "cpu", "--out"]
     train_kd.main([*flags, str(tmp_path / "whole"), "--workers", "2"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_kd, "report", lambda record, log, epochs: len(log) == 2 and sys.exit())
+        patch.setattr(train_kd, "report", lambda log, epochs: len(log) == 2 and sys.exit())
         train_kd.main([*flags, str(tmp_path / "parts"), "--workers", "0"])
     train_kd.main(["--resume", "--out", str(tmp_path / "parts"), "--workers", "1"])
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and len(log_of(tmp_path / "parts")) == 2
@@ -559,7 +559,7 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "student.safetensors", "curves.png"}
 
-    monkeypatch.setattr(train_kd, "report", lambda record, log, epochs: None if len(log) == 1 else sys.exit("killed"))
+    monkeypatch.setattr(train_kd, "report", lambda log, epochs: None if len(log) == 1 else sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):                     # after the second epoch, before it is saved
         train_kd.main([*flags, "--out", str(tmp_path / "parts")])
     assert len(log_of(tmp_path / "parts")) == 1

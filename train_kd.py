@@ -11,9 +11,11 @@ config.json, log.jsonl (a line an epoch), last.pt, best.pt, epoch_NNNN.pt, stude
 """
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -37,12 +40,14 @@ import data
 from losses import FEATURE_LOSSES, METHODS, Distiller
 from models import VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, stages
 
+AMP = ("off", "teacher", "student", "both")
 HERE = Path(__file__).resolve().parent
 
 # The learning rate belongs to the recipe's batch and scales linearly with another one.
 COMMON = dict(method="spectral", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, teacher_weights=None,
               teacher_head="pretrained", data="shapes", data_root="data", train_size=4000, label_noise=0.2, repeats=1,
-              workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0)
+              workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0,
+              crop_pct=0.875, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)   # from 64 px
 TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
@@ -50,8 +55,7 @@ RECIPES = {
     "small": TOY,
     # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
     "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
-                     batch_size=2048, lr=2e-3, warmup_epochs=5, ema_decay=0.99996, repeats=3, crop_pct=0.875,
-                     auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25),
+                     batch_size=2048, lr=2e-3, warmup_epochs=5, ema_decay=0.99996, repeats=3),
 }
 
 # ----------------------------------------------------------------------------------------------------
@@ -145,9 +149,13 @@ def parse_args(argv=None):
     group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     group.add_argument("--snapshot-every", type=count, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth)")
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on CUDA only)")
-    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher")
+    group.add_argument("--amp", choices=AMP, nargs="?", const="both",
+                       help="bfloat16 in student, teacher or both (default: both on CUDA and, from 64 px, on CPUs with "
+                            "avx512_bf16 or amx_bf16; else off)")
+    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher, a graph each")
     group.add_argument("--dry-run", action="store_true", help="build everything with random weights, print it, end")
+    group.add_argument("--bench", type=count, nargs="?", const=10, metavar="N",
+                       help="time N updates (10) with random weights, print where the time goes, end")
     return parser.parse_args(argv)
 
 
@@ -157,7 +165,7 @@ def resolve(args):
     Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
     flags that contradict each other or the run to resume, or that would have no effect.
     """
-    given = {key: value for key, value in vars(args).items() if value is not None and (value is not False or key == "amp")}
+    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
     saved = read_run(given)["settings"] if args.resume else {}
     asked = {**COMMON, **saved, **given}
     train, val, classes = data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
@@ -209,7 +217,7 @@ def check(settings, given, saved):
     if changed:
         raise ValueError("the run in {} was made with {}: leave these as they were or choose another --out".format(
             settings.out, ", ".join(f"{flags([key])} {saved[key]}, not {getattr(settings, key)}" for key in sorted(changed))))
-    if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite or settings.dry_run):
+    if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite or settings.dry_run or settings.bench):
         raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out")
 
 
@@ -241,7 +249,7 @@ def build(settings, classes):
     if kind.needs_teacher and not weights:
         check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
     if kind.needs_teacher or settings.variant != "plain":
-        known = kind.needs_teacher and not settings.dry_run             # else only its width matters
+        known = kind.needs_teacher and not settings.dry_run and not settings.bench      # else only its width matters
         teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
                               pretrained=known and not weights, weights=weights if known else None,
                               random_head=settings.teacher_head == "random")
@@ -283,7 +291,7 @@ def describe(settings, teacher, distiller, train, val, classes):
     logits, maps = distiller.eval().student(images)
     distiller.method(labels, logits, maps, *taught)
     return {
-        "settings": {key: value for key, value in vars(settings).items() if key not in ("resume", "overwrite", "dry_run")},
+        "settings": {key: value for key, value in vars(settings).items() if key not in ("resume", "overwrite", "dry_run", "bench")},
         "parameters": {"student": count(distiller.student), "method": count(distiller.method),
                        "teacher": count(teacher) if teacher else 0},
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
@@ -314,13 +322,14 @@ def _git_commit():
 
 
 @torch.no_grad()
-def evaluate(model, loader, batches, amp=False):
+@torch.compiler.set_stance("force_eager")                               # its batches and mode would compile anew
+def evaluate(model, loader, batches, autocast):
     """Top-1 and top-5 accuracy in %, over all processes, every validation image counted once."""
     model.eval()
     device = next(model.parameters()).device
     hits = torch.zeros(3, dtype=torch.int64, device=device)             # in the top 1, in the top 5, seen
     for images, labels in loader.load(batches):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast():
             logits, _ = model(images)
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         hits += torch.stack([found[:, 0].sum(), found.sum(), torch.ones_like(labels).sum()])
@@ -371,8 +380,9 @@ def draw_curves(log, path):
     plt.close(figure)
 
 
-def report(record, log, epochs):
+def report(log, epochs):
     """One line an epoch, with the time that the rest will take."""
+    record = log[-1]
     left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log)) / 60
     terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
     print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  EMA "
@@ -383,29 +393,58 @@ def report(record, log, epochs):
 # The loop
 
 
+def prepare(settings, teacher, distiller, world):
+    """-> update(stream), which trains on the stream's next global batch; optimizer; EMA; the autocasts of both models."""
+    student, device = distiller.student, next(distiller.parameters()).device
+    teacher_autocast, student_autocast = autocasts = [
+        partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in (who, "both")) for who in ("teacher", "student")]
+    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    ema = ModelEmaV3(student, decay=settings.ema_decay)
+    if settings.compile:
+        compile_each(teacher, student)
+    ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
+
+    def update(stream):
+        """One optimizer step -> the names of the loss terms and their means [terms], still on the device."""
+        means = 0
+        for micro in range(settings.accum):
+            images, labels = next(stream)
+            with torch.no_grad(), teacher_autocast():
+                taught = teacher(images) if teacher else None
+            last = micro == settings.accum - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+                with student_autocast():
+                    _, terms = ddp(images, labels, taught)              # the loop never asks which method runs
+                (sum(terms.values()) / settings.accum).backward()
+            means += torch.stack([*terms.values()]).detach() / settings.accum
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(student)
+        return [*terms], means
+
+    return update, optimizer, ema, autocasts
+
+
+def compile_each(*models):
+    for model in filter(None, models):
+        model.compile(fullgraph=True, dynamic=False)
+
+
 def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
     (train_loader, val_loader), (train_size, val_size) = loaders, sizes
     student, device, out = distiller.student, next(distiller.parameters()).device, Path(settings.out)
     steps = train_size // settings.batch_size                           # updates in an epoch
-    amp = device.type == "cuda" if settings.amp is None else settings.amp
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     val_batches = data.evaluation_batches(val_size, 250, rank=rank, world=world)
 
-    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
                                        warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
                                        step_on_epochs=False, updates_per_epoch=steps)
-    ema = ModelEmaV3(student, decay=settings.ema_decay)
-    step, best, log, rows = 0, -1.0, [], torch.zeros(steps, 0, device=device)
+    step, best, log, rows = 0, -1.0, [], None                           # rows: the loss terms of the epoch's updates
     if state:
         optimizer.load_state_dict(state["optimizer"])
         ema.module.load_state_dict(state["ema"])
         step, best, log, rows = state["step"], state["best"], json.loads(state["log"]), state["rows"].to(device)
-    if settings.compile:
-        student.compile()
-        if teacher:
-            teacher.compile()
-    ddp = DistributedDataParallel(distiller) if world > 1 else distiller
     stop = Stop(world)
 
     def save():                                                         # what last.pt does not hold is made again
@@ -415,7 +454,7 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
         write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
 
     if teacher:
-        top1, top5 = evaluate(teacher, val_loader, val_batches, amp)
+        top1, top5 = evaluate(teacher, val_loader, val_batches, teacher_autocast)
         if rank == 0:
             print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
 
@@ -425,29 +464,17 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
                                         repeats=settings.repeats, accum=settings.accum, rank=rank, world=world)
         stream = train_loader.load(batches, epoch)
         distiller.train()
-        for update in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None):
+        for i in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None):
             scheduler.step_update(step)
             torch.manual_seed(data.seed_of(settings.seed, step, rank))  # of drop-path and the like: differs by rank
-            for micro in range(settings.accum):
-                images, labels = next(stream)
-                last = micro == settings.accum - 1
-                with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                    with autocast():
-                        with torch.no_grad():
-                            taught = teacher(images) if teacher else None
-                        _, terms = ddp(images, labels, taught)          # the loop never asks which method runs
-                    (sum(terms.values()) / settings.accum).backward()
-                if not rows.numel():
-                    rows = torch.zeros(steps, len(terms), device=device)
-                rows[update] += torch.stack([*terms.values()]).detach() / settings.accum
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(student)
+            names, means = update(stream)
+            rows = torch.zeros(steps, len(names), device=device) if rows is None else rows
+            rows[i] = means
             step += 1
             stopped = stop.asked()
-            if stopped or update + 1 - looked == 50 or update + 1 == steps:     # the only moment that waits for the device
-                check_finite(rows[looked:update + 1], [*terms], step - (update + 1 - looked), world)
-                looked = update + 1
+            if stopped or i + 1 - looked == 50 or i + 1 == steps:       # the only moment that waits for the device
+                check_finite(rows[looked:i + 1], names, step - (i + 1 - looked), world)
+                looked = i + 1
             if stopped and looked < steps:
                 if rank == 0:
                     save()
@@ -456,15 +483,14 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
                 sys.exit(128 + stopped)
 
         seconds, means = time.time() - began, rows.mean(0).tolist()
-        top1, top5 = evaluate(student, val_loader, val_batches, amp)
-        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, amp)
+        top1, top5 = evaluate(student, val_loader, val_batches, student_autocast)
+        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, student_autocast)
         log.append({"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], "loss": sum(means),
-                    "terms": dict(zip(terms, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1,
+                    "terms": dict(zip(names, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1,
                     "ema_top5": ema_top5, "images_per_s": (steps - start) * settings.batch_size / seconds,
                     "seconds": time.time() - began})
-        rows = torch.zeros_like(rows)
         if rank == 0:
-            report(log[-1], log, settings.epochs)
+            report(log, settings.epochs)
             weights = {"model": student.model.state_dict(), "epoch": epoch, "top1": top1}
             if top1 > best:
                 write(out / "best.pt", partial(torch.save, weights))
@@ -478,6 +504,115 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
         write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
         write(out / "curves.png", partial(draw_curves, log))
         print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+
+
+def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
+    """Where an update's time goes: medians in ms of the step and its parts on images in memory, then the real loader.
+
+    The floor is what no KD training can do without, from bare timm models without hooks: the teacher's forward, the
+    student's forward and backward pass, one optimizer step.
+    """
+    device, accum = next(distiller.parameters()).device, settings.accum
+    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
+    shape = (settings.batch_size // world // accum, 3, settings.img_size, settings.img_size)
+    images, labels = torch.randn(shape, device=device), torch.randint(classes, shape[:1], device=device)
+    memory = itertools.repeat((images, labels))
+
+    def timed(work):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    for _ in range(3):                                                  # warm-up; before the floor adds to the memory
+        update(memory)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
+    bare_teacher, bare_distiller, _ = build(bare, classes)
+    bare_teacher = bare_teacher and bare_teacher.model.to(device)
+    bare_student = bare_distiller.student.model.to(device)
+    bare_optimizer = create_optimizer_v2(bare_student, "adamw", lr=settings.lr, fused=True)
+    if settings.compile:
+        compile_each(bare_teacher, bare_student)
+
+    def floor():
+        for _ in range(accum):
+            if teacher:
+                with torch.no_grad(), teacher_autocast():
+                    bare_teacher(images)
+            with student_autocast():
+                loss = F.cross_entropy(bare_student(images), labels)
+            loss.backward()
+        bare_optimizer.step()
+        bare_optimizer.zero_grad()
+
+    @torch.no_grad()
+    def teach():
+        with teacher_autocast():
+            return teacher(images) if teacher else ()
+
+    def study():
+        with student_autocast():
+            logits, maps = distiller.student(images)
+        F.cross_entropy(logits, labels).backward()
+        return logits, maps
+
+    taught, (logits, maps) = teach(), study()
+    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
+
+    def compare():
+        with student_autocast():
+            terms = distiller.method(labels, logits, maps, *taught)
+        sum(terms.values()).backward()
+
+    def learn():
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(distiller.student)
+
+    parts = {"step": lambda: update(memory), "floor": floor, "teacher": teach, "student": study, "losses": compare,
+             "optimizer": learn}
+    times = [{name: timed(work) for name, work in parts.items()} for _ in range(settings.bench + 1)][1:]     # in turn: a
+    ms = {name: float(np.median([time[name] for time in times])) for name in parts}     # drift of the machine meets all
+    for name in ("teacher", "student", "losses"):
+        ms[name] *= accum
+
+    waits = []
+
+    def watched(stream):
+        while True:
+            began = time.perf_counter()
+            batch = next(stream)
+            waits.append(1000 * (time.perf_counter() - began))
+            yield batch
+
+    real = watched(batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
+        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, repeats=settings.repeats, accum=accum, rank=rank,
+        world=world), epoch))
+    update(real), waits.clear()
+    loop = timed(lambda: [update(real) for _ in range(settings.bench)]) / settings.bench
+    ms["data"] = sum(waits) / settings.bench
+    if rank == 0:
+        result = {"ms": {name: round(value, 2) for name, value in ms.items()}, "step_to_floor": round(ms["step"] / ms["floor"], 3),
+                  "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
+                  "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
+                  "training_hours": round(loop / 3.6e6 * (sizes[0] // settings.batch_size) * settings.epochs, 3),
+                  "updates": settings.bench, "batch_size": settings.batch_size, "img_size": settings.img_size,
+                  "amp": settings.amp, "compile": settings.compile, "processes": world, "threads": torch.get_num_threads(),
+                  "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu("model name")}
+        print(f"{'':10s}{'ms':>10s}   of the step")
+        for name, value in ms.items():
+            print(f"{name:10s}{value:10.2f}{value / ms['step']:10.1%}")
+        hours = result["training_hours"]
+        print(f"step / floor {result['step_to_floor']}; {result['images_per_s_in_memory']} images/s in memory, "
+              f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB\n{settings.epochs} epochs of "
+              f"{sizes[0]:,} images: {duration(hours)} on this machine, {duration(hours / 8)} on 8 like it, without "
+              f"validation\n{json.dumps(result)}", flush=True)
+
+
+def duration(hours):
+    return f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
 
 
 class Stop:
@@ -508,7 +643,7 @@ def check_finite(rows, names, since, world):
     if len(bad):
         update, term = bad[0].tolist()
         fail(f"loss term {names[term]!r} is {rows[update, term].item()} at step {since + update}; the checkpoint of the "
-             f"last epoch is unharmed; try a lower --lr, a lower --beta or --no-amp", status=1)
+             f"last epoch is unharmed; try a lower --lr, a lower --beta or --amp off", status=1)
 
 
 def main(argv=None):
@@ -520,6 +655,7 @@ def main(argv=None):
         if "RANK" in os.environ and not dist.is_initialized():          # started by torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         settings, (train_set, val_set, classes) = resolve(args)
+        settings.amp = settings.amp or default_amp(device, settings.img_size)
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
         if len(train_set) < settings.batch_size and not settings.dry_run:
@@ -542,6 +678,8 @@ def main(argv=None):
         sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
                                      seed=settings.seed, repeats=settings.repeats, skip_bad_images=settings.skip_bad_images)
+        if settings.bench:
+            return bench(settings, teacher and teacher.to(device), distiller.to(device), classes, loaders, sizes, rank, world)
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         if not os.access(settings.out, os.W_OK):
             raise ValueError(f"{settings.out} is not writable: choose another --out")
@@ -562,6 +700,19 @@ def main(argv=None):
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
     except OSError as error:
         fail(error, status=1)
+
+
+def cpu(key):
+    """A line of Linux's /proc/cpuinfo, or "" elsewhere."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path("/proc/cpuinfo").read_text().split(f"\n{key}")[1].split("\n")[0].strip("\t: ")
+    return ""
+
+
+def default_amp(device, img_size):
+    """bfloat16 where it was measured to help: on GPUs, and from 64 px on CPUs that compute in it."""
+    native = device.type == "cuda" or {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()} and img_size >= 64
+    return "both" if native else "off"
 
 
 def choose_device(asked, local):

@@ -5,6 +5,7 @@
     python analyze.py --models deit_tiny_patch16_224=weights.safetensors deit_tiny_patch16_224=random --data DIR
     python analyze.py --models cait_toy_patch8_32=weights/cait_toy_shapes.safetensors runs/spectral runs/none
     python analyze.py --evolution runs/soft runs/spectral          # DD Fig. 4: entropy by layer over training
+    python analyze.py --study results/study                        # accuracy by method, over seeds
 
 A model is a timm name (pretrained), NAME=FILE, NAME=random, or the folder of a run (its student). The first is the
 one that the others are compared with. Each CSV lies beside the PNG that is drawn from it; summary.md puts the
@@ -565,6 +566,36 @@ def evolution(args, device):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Accuracy by method
+
+
+def study(folder, out):
+    """The finished runs in folders NAME-SEED: study.csv, study.png, and a table of mean and standard deviation."""
+    rows = []
+    for run in sorted(folder.glob("*-*")):
+        config, log = ((run / name).read_text() for name in ("config.json", "log.jsonl"))
+        settings, log = json.loads(config)["settings"], [json.loads(line) for line in log.splitlines()]
+        if len(log) == settings["epochs"]:
+            minutes = np.median([line["seconds"] for line in log]) * len(log) / 60      # the median: not of interruptions
+            rows.append((run.name.rpartition("-")[0], settings["seed"], *(log[-1][key] for key in ("top1", "ema_top1", "loss")), minutes))
+    if not rows:
+        raise ValueError(f"{folder} holds no finished runs in folders NAME-SEED (config.json, log.jsonl)")
+    write_csv(out / "study.csv", ("run", "seed", "top1", "ema_top1", "train_loss", "minutes"), rows)
+    names = {row[0] for row in rows}
+    top1 = sorted(((name, [row[2] for row in rows if row[0] == name]) for name in names), key=lambda item: np.mean(item[1]))
+    plt = plotter()
+    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1), layout="constrained")
+    for y, (name, values) in enumerate(top1):
+        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        axes.errorbar(np.mean(values), y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
+        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
+        print(f"| {name} | {len(values)} | {' '.join(f'{value:.2f}' for value in values)} | {np.mean(values):.2f} ± {spread:.2f} |")
+    axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
+             yticklabels=[name for name, _ in top1])
+    finish(plt, figure, out / "study.png")
+
+
+# ----------------------------------------------------------------------------------------------------
 # The program
 
 
@@ -587,6 +618,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or the folder of a run")
     parser.add_argument("--evolution", nargs="+", metavar="RUN", help="folders of runs with snapshots")
+    parser.add_argument("--study", type=Path, metavar="DIR", help="accuracies of the runs in DIR/NAME-SEED, by NAME")
     parser.add_argument("--data", help="folder of images, shapes, torch/NAME or hfds/NAME (default: shapes, or the run's)")
     parser.add_argument("--images", type=count, default=32, help="how many, chosen at random (32 as in DD; EM has 1000)")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="counted from 0 (default: all)")
@@ -608,7 +640,7 @@ def newest_run(args):
     """Without models: those of the newest run."""
     runs = sorted(Path("runs").glob("**/student.safetensors"), key=os.path.getmtime)
     if not runs:
-        raise ValueError("nothing to analyse: give --models or --evolution (see --help), or train something first")
+        raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train something first")
     settings = json.loads((runs[-1].parent / "config.json").read_text())["settings"]
     args.models, args.data = [str(runs[-1].parent)], args.data or settings["data"]
     if settings["teacher_weights"] and settings["method"] != "none":
@@ -628,6 +660,8 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         if args.evolution:
             evolution(args, device)
+        elif args.study:
+            study(args.study, args.out)
         else:
             if not args.models:
                 newest_run(args)

@@ -437,7 +437,7 @@ ANALYZE_MISTAKES = {
     "layer": ("--models deit_toy_patch8_32=random --layers 0 12", "out of range"), "layers": ("--models deit_toy_patch8_32=random --layers 1 1", "ascend"),
     "no weights": ("--models deit_toy_patch8_32={0}/absent.pth", "absent.pth"), "cut weights": ("--models cait_toy_patch8_32={0}/cut.safetensors", "cut.safetensors"),
     "other architecture": ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
-    "evolution of nothing": ("--evolution {0}/norun", "norun"), "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
+    "study of nothing": ("--study {0}/norun", "norun"), "evolution of nothing": ("--evolution {0}/norun", "norun"), "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
     "kwargs": ("--models deit_toy_patch8_32=random --model-kwargs nope=1", "nope"), "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
     "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"), "out is a file": ("--models deit_toy_patch8_32=random --out {0}/file", "file"),
     "cuda": ("--models deit_toy_patch8_32=random --device cuda", "CUDA"),
@@ -546,6 +546,49 @@ def test_bad_images_can_be_skipped(world):
         [data.Samples(train, lambda image: image)[i, 0] for i in range(len(train))]
     skipping = data.Samples(train, lambda image: image, skip_bad=True)
     assert len([skipping[i, 0] for i in range(len(train))]) == 6
+
+
+# ----------------------------------------------------------------------------------------------------
+# speed
+
+
+@pytest.mark.parametrize("name, size, options, backend", [
+    ("deit_toy_patch8_32", 32, dict(depth=2), "aot_eager"), ("cait_toy_patch8_32", 32, dict(depth=2), "aot_eager"),
+    ("swin_tiny_patch4_window7_224", 56, dict(depths=(1, 1), num_heads=(2, 4), embed_dim=16, drop_path_rate=0), "aot_eager"),
+    pytest.param("deit_toy_patch8_32", 32, dict(depth=1), "inductor",
+                 marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"))])
+def test_compiles_to_one_graph(name, size, options, backend):
+    """Student and teacher, hooks included: no graph break, no second compilation, the same maps and gradients."""
+    model = models.HookedModel(timm.create_model(name, num_classes=5, img_size=size, **options), range(options.get("depth", 2)))
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    batches = torch.randn(2, 2, 3, size, size)
+
+    def run(images):
+        logits, maps = model(images)
+        (logits.sum() + sum(A.square().mean() for A in maps)).backward()
+        gradients = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        with torch.no_grad():
+            taught = teacher(images)
+        return [logits, *maps, *gradients, taught[0], *taught[1]]
+
+    expected = [run(images) for images in batches]
+    model.compile(fullgraph=True, dynamic=False, backend=backend), teacher.compile(fullgraph=True, dynamic=False, backend=backend)
+    found = [run(batches[0])]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found.append(run(batches[1]))
+    for pair in zip(sum(found, []), sum(expected, [])):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+def test_bench(tmp_path, capsys):
+    train_kd.main([*TINY, "--method", "projector", "--bench", "2", "--accum", "2", "--out", str(tmp_path / "none")])
+    *_, table, projection, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert result["images_per_s_in_memory"] == pytest.approx(16000 / result["ms"]["step"], rel=0.01)
+    assert result["step_to_floor"] == pytest.approx(result["ms"]["step"] / result["ms"]["floor"], rel=0.01)
+    assert result["training_hours"] == pytest.approx(24 * 64 / result["images_per_s"] / 3600, rel=0.1)
+    assert all(value > 0 for value in result["ms"].values()) and not (tmp_path / "none").exists()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ COMMON = dict(method="spectral", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0
               teacher_head="pretrained", data="shapes", data_root="data", train_size=4000, label_noise=0.2, repeats=1,
               workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0,
               crop_pct=0.875, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)   # from 64 px
-TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
+TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=24, batch_size=32,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
     "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors"),
@@ -597,7 +597,7 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
         result = {"ms": {name: round(value, 2) for name, value in ms.items()}, "step_to_floor": round(ms["step"] / ms["floor"], 3),
                   "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
                   "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
-                  "training_hours": round(loop / 3.6e6 * (sizes[0] // settings.batch_size) * settings.epochs, 3),
+                  "training_hours": round(loop / 3.6e6 * (sizes[0] // settings.batch_size) * settings.epochs, 5),
                   "updates": settings.bench, "batch_size": settings.batch_size, "img_size": settings.img_size,
                   "amp": settings.amp, "compile": settings.compile, "processes": world, "threads": torch.get_num_threads(),
                   "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu("model name")}

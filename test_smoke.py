@@ -203,6 +203,18 @@ def make(*flags):
     return train_kd.build(settings, classes)
 
 
+def leaves(loss):
+    """Identities of all parameters in the graph of a loss."""
+    found, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node and node not in seen:
+            seen.add(node)
+            found |= {id(node.variable)} if hasattr(node, "variable") else set()
+            todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
 @pytest.mark.parametrize("variant", models.VARIANTS)
 @pytest.mark.parametrize("method", losses.METHODS)
 def test_one_step_moves_all_that_learns_and_nothing_else(method, variant):
@@ -219,7 +231,9 @@ def test_one_step_moves_all_that_learns_and_nothing_else(method, variant):
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     distiller.train()
     _, terms = distiller(images, labels, teacher(images) if teacher else None)
-    sum(terms.values()).backward()
+    loss = sum(terms.values())
+    assert leaves(loss) == {*map(id, held)}                             # nothing that the loss depends on goes untrained
+    loss.backward()
     optimizer.step()
     assert [name for name, p in distiller.named_parameters() if torch.equal(p, before[name])] == []
     if teacher:

@@ -601,7 +601,7 @@ def test_bench(tmp_path, capsys):
     result = json.loads(line)
     assert result["images_per_s_in_memory"] == pytest.approx(16000 / result["ms"]["step"], rel=0.01)
     assert result["step_to_floor"] == pytest.approx(result["ms"]["step"] / result["ms"]["floor"], rel=0.01)
-    assert result["training_hours"] == pytest.approx(24 * 64 / result["images_per_s"] / 3600, rel=0.1)
+    assert result["training_hours"] == pytest.approx(30 * 64 / result["images_per_s"] / 3600, rel=0.1)
     assert all(value > 0 for value in result["ms"].values()) and not (tmp_path / "none").exists()
 
 

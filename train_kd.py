@@ -48,7 +48,7 @@ COMMON = dict(method="spectral", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0
               teacher_head="pretrained", data="shapes", data_root="data", train_size=4000, label_noise=0.2, repeats=1,
               workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0,
               crop_pct=0.875, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)   # from 64 px
-TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=24, batch_size=32,
+TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
            lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
     "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors"),

@@ -163,7 +163,8 @@ def open_images(name, count, seed):
         found = [lambda i=i: dataset[i][0].convert("RGB") for i in range(len(dataset))]
     elif folder.is_dir():
         folder = folder / "val" if (folder / "val").is_dir() else folder
-        found = [lambda path=path: load_image(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS]
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        found = [lambda path=path: load_image(path) for path in paths]
     else:
         raise ValueError(f"{name} is neither a folder of images nor shapes, torch/NAME or hfds/NAME")
     if not found:
@@ -195,11 +196,12 @@ class Subject:
 
 
 class Control:
-    """Feature maps that hold nothing, in the shapes of a subject's: Gaussian noise, or one pattern times one token weight."""
+    """Feature maps that hold nothing, shaped as a subject's: Gaussian noise, or one pattern times one weight a token."""
 
     def __init__(self, label, subject, seed):
         self.label = self.name = label
-        self.subject, self.transform, self.modules, self.seed, self.shapes = subject, subject.transform, subject.modules, seed, None
+        self.subject, self.transform, self.modules = subject, subject.transform, subject.modules
+        self.seed, self.shapes = seed, None
 
     def maps(self, start, images):
         if self.shapes is None:
@@ -308,7 +310,8 @@ def measure(subject, load, args, device):
             "entropy": {name: sums[name].tolist() for name in args.entropy_range}, "magnitude": sums["magnitude"].tolist(),
             "spectra": [S.tolist() for S in spectra], "intensity": [S.mean().item() for S in spectra],
             "svd_layers": [torch.cat(r)[:, -1].double().mean().item() if r else None for r in ranks],
-            "svd": torch.cat(ranks[-1]).numpy(), "pca": torch.cat(pca).numpy(), "sep": sep.tolist(), "sep_permuted": permuted.tolist(),
+            "svd": torch.cat(ranks[-1]).numpy(), "pca": torch.cat(pca).numpy(),
+            "sep": sep.tolist(), "sep_permuted": permuted.tolist(),
             "bands": sep_bandwidth(sep).tolist(), "bands_permuted": sep_bandwidth(permuted).tolist()}
 
 
@@ -391,15 +394,17 @@ def write_summary(results, args, out):
     """summary.md: ours and, where a model is one of the papers', the published numbers."""
     share = lambda values: "/".join(f"{value:.3f}".lstrip("0") for value in values)
     whole = lambda values: "/".join(f"{value:.0f}" for value in values)
-    last = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{' '.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])}`", "",
-            "## Depth (DD Figs. 1, 2, 5, 6)", "", "Layers counted from 1. A U falls to a minimum inside and rises again.", "",
-            "| model | entropy range | first | minimum (layer) | last | published minimum | magnitude first | minimum (layer) | last |",
-            "|---|---|---|---|---|---|---|---|---|"]
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    last = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`", "", "## Depth (DD Figs. 1, 2, 5, 6)",
+            "", "Layers counted from 1. A U falls to a minimum inside and rises again.", "",
+            "| model | entropy range | first | minimum (layer) | last | published minimum | magnitude first | minimum (layer) "
+            "| last |", "|---|---|---|---|---|---|---|---|---|"]
     for r in results:
         for name, entropy in r["entropy"].items():
             cells = [f"{values[0]:.3f} | {min(values):.3f} ({int(np.argmin(values)) + 1}) | {values[-1]:.3f}"
                      for values in (entropy, r["magnitude"])]
-            last.append(f"| {r['label']} | {name} | {cells[0]} | {PUBLISHED.get(r['name'], {}).get('minimum', '-')} | {cells[1]} |")
+            published = PUBLISHED.get(r["name"], {}).get("minimum", "-")
+            last.append(f"| {r['label']} | {name} | {cells[0]} | {published} | {cells[1]} |")
     last += ["", "## Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)", "",
              "| model | C | SVD | published | dataset PCA | published |", "|---|---|---|---|---|---|"]
     for r in results:
@@ -409,7 +414,8 @@ def write_summary(results, args, out):
                     f"{percentile[1]} | {whole(published.get('pca', ())) or '-'} |")
     last += ["", "## SEP bandwidth at 50/60/70/80/90 % (EM)", "",
              "The spectrum of real values is symmetric: anything comes out near .5/.6/.7/.8/.9, noise included.", "",
-             "| model | bandwidth | published | channels permuted | mean difference of the curves (points) |", "|---|---|---|---|---|"]
+             "| model | bandwidth | published | channels permuted | mean difference of the curves (points) |",
+             "|---|---|---|---|---|"]
     for r in results:
         published = PUBLISHED.get(r["name"], {}) if "=random" not in r["label"] else {}
         difference = np.abs(np.subtract(r["sep"], r["sep_permuted"])).mean()
@@ -440,7 +446,8 @@ def plotter():
 
 
 def style(i, markers=True):
-    return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], **({"marker": MARKERS[i % 8], "markersize": 3.5} if markers else {}))
+    marked = {"marker": MARKERS[i % 8], "markersize": 3.5} if markers else {}
+    return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], **marked)
 
 
 def finish(plt, figure, path, legend=None, dpi=80):
@@ -468,7 +475,8 @@ def draw_spectra(results, path):
     plt = plotter()
     picks = [sorted({0, 1, d // 2 - 1, d // 2, d - 2, d - 1}) if d >= 6 else sorted({0, d - 1})
              for d in (len(r["modules"]) for r in results)]
-    figure, grid = plt.subplots(len(results), max(map(len, picks)), figsize=(2.2 * max(map(len, picks)) + 0.6, 1.9 * len(results)),
+    columns = max(map(len, picks))
+    figure, grid = plt.subplots(len(results), columns, figsize=(2.2 * columns + 0.6, 1.9 * len(results)),
                                 layout="constrained", squeeze=False)
     for r, row, pick in zip(results, grid, picks):
         for axes in row[len(pick):]:
@@ -495,7 +503,8 @@ def draw_spectra(results, path):
 def draw_ranks(results, path):
     """EM: histogram over images of the rank at 99 % energy, by SVD of each image and in the PCA basis of all of them."""
     plt = plotter()
-    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.3 * len(results) + 0.7), layout="constrained", squeeze=False, sharex=True)
+    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.3 * len(results) + 0.7), layout="constrained",
+                                  squeeze=False, sharex=True)
     bins = np.linspace(0, max(r["shape"][0] for r in results), 49)
     for r, axes in zip(results, panels[:, 0]):
         axes.hist(r["svd"][:, -1], bins, color="black", label="SVD of each image")
@@ -516,18 +525,21 @@ def draw_sep(results, path):
         left.plot(share, r["sep"], label=r["label"], **style(i, markers=False))
         right.plot(share, np.array(r["sep"]) - 100 * share, **style(i, markers=False))
     left.set(xlabel="share of channels, index order", ylabel="cumulative energy (%)", title="SEP")
-    right.set(xlabel="share of channels, index order", ylabel="cumulative energy - diagonal (points)", title="less the diagonal")
+    right.set(xlabel="share of channels, index order", ylabel="cumulative energy - diagonal (points)",
+              title="less the diagonal")
     finish(plt, figure, path, legend=left)
 
 
 def draw_all(results, out):
     for name in results[0]["entropy"]:
-        draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)", f"Entropy by layer, {name} range (DD Eq. 3-5)",
+        draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)",
+                      f"Entropy by layer, {name} range (DD Eq. 3-5)",
                       out / ("entropy.png" if name == "global" else f"entropy_{name}.png"))
-    draw_by_depth(results, lambda r: r["magnitude"], "mean |activation|", "Magnitude by layer (DD Eq. 6)", out / "magnitude.png")
-    draw_by_depth(results, lambda r: r["intensity"], "mean of S[k] over k", "Intensity by layer (SK)", out / "intensity.png")
-    if None not in results[0]["svd_layers"]:
-        draw_by_depth(results, lambda r: r["svd_layers"], "mean rank at 99 % energy", "SVD rank by layer (EM)", out / "svd_layers.png")
+    for key, ylabel, title in (("magnitude", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
+                               ("intensity", "mean of S[k] over k", "Intensity by layer (SK)"),
+                               ("svd_layers", "mean rank at 99 % energy", "SVD rank by layer (EM)")):
+        if None not in results[0][key]:
+            draw_by_depth(results, lambda r: r[key], ylabel, title, out / f"{key}.png")
     draw_spectra(results, out / "spectra.png")
     draw_ranks(results, out / "ranks.png")
     draw_sep(results, out / "sep.png")
@@ -553,12 +565,13 @@ def evolution(args, device):
         rows += [(run.name, epoch, layer, value) for epoch, line in lines.items() for layer, value in enumerate(line)]
     write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "entropy_bits"), rows)
     plt = plotter()
-    figure, grid = plt.subplots(1, len(panels), figsize=(3.1 * len(panels) + 0.8, 3.2), layout="constrained", squeeze=False, sharey=True)
+    figure, grid = plt.subplots(1, len(panels), figsize=(3.1 * len(panels) + 0.8, 3.2), layout="constrained",
+                                squeeze=False, sharey=True)
     for axes, (name, lines) in zip(grid[0], panels):
         for i, (epoch, line) in enumerate(lines.items()):
             shade = 0.85 * (1 - i / max(1, len(lines) - 1))             # light: early, black: the last
-            axes.plot(range(1, len(line) + 1), line, color=str(shade), marker="o" if i == len(lines) - 1 else None, markersize=3,
-                      label=f"epoch {epoch}" if i in (0, len(lines) // 2, len(lines) - 1) else None)
+            axes.plot(range(1, len(line) + 1), line, color=str(shade), marker="o" if i == len(lines) - 1 else None,
+                      markersize=3, label=f"epoch {epoch}" if i in (0, len(lines) // 2, len(lines) - 1) else None)
         axes.set(xlabel="layer", title=name, xticks=range(1, len(line) + 1, max(1, len(line) // 6)))
     grid[0, 0].set_ylabel("entropy (bits)")
     grid[0, -1].legend()
@@ -577,7 +590,8 @@ def study(folder, out):
         settings, log = json.loads(config)["settings"], [json.loads(line) for line in log.splitlines()]
         if len(log) == settings["epochs"]:
             minutes = np.median([line["seconds"] for line in log]) * len(log) / 60      # the median: not of interruptions
-            rows.append((run.name.rpartition("-")[0], settings["seed"], *(log[-1][key] for key in ("top1", "ema_top1", "loss")), minutes))
+            results = (log[-1][key] for key in ("top1", "ema_top1", "loss"))
+            rows.append((run.name.rpartition("-")[0], settings["seed"], *results, minutes))
     if not rows:
         raise ValueError(f"{folder} holds no finished runs in folders NAME-SEED (config.json, log.jsonl)")
     write_csv(out / "study.csv", ("run", "seed", "top1", "ema_top1", "train_loss", "minutes"), rows)
@@ -589,7 +603,8 @@ def study(folder, out):
         spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
         axes.errorbar(np.mean(values), y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
         axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
-        print(f"| {name} | {len(values)} | {' '.join(f'{value:.2f}' for value in values)} | {np.mean(values):.2f} ± {spread:.2f} |")
+        each = " ".join(f"{value:.2f}" for value in values)
+        print(f"| {name} | {len(values)} | {each} | {np.mean(values):.2f} ± {spread:.2f} |")
     axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
              yticklabels=[name for name, _ in top1])
     finish(plt, figure, out / "study.png")
@@ -624,7 +639,8 @@ def parse_args(argv=None):
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="counted from 0 (default: all)")
     parser.add_argument("--entropy-range", nargs="+", choices=("global", "layer", "percentile"), default=["global"],
                         help="over all layers (DD), each layer's own, or the 0.1 to 99.9 percentiles of all layers")
-    parser.add_argument("--layer-ranks", action=argparse.BooleanOptionalAction, default=True, help="SVD of every layer, not the last alone")
+    parser.add_argument("--layer-ranks", action=argparse.BooleanOptionalAction, default=True,
+                        help="SVD of every layer, not the last alone")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                         help="beside the models: the first with random weights, white noise, a rank-1 pattern")
     parser.add_argument("--img-size", type=count, help="for models that can be built for another size")

@@ -280,5 +280,5 @@ def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1,
     train_transform = create_transform(**common, is_training=True, auto_augment=auto_augment, re_mode="pixel",
                                        color_jitter=color_jitter, re_prob=random_erasing)
     eval_transform = create_transform(**common, crop_pct=crop_pct)
-    return tuple(StreamLoader(dataset, train_transform=train_transform, eval_transform=eval_transform,
-                              workers=workers, device=device, seed=seed, skip_bad=skip_bad_images) for dataset in (train, val))
+    return tuple(StreamLoader(dataset, train_transform=train_transform, eval_transform=eval_transform, workers=workers,
+                              device=device, seed=seed, skip_bad=skip_bad_images) for dataset in (train, val))

@@ -167,7 +167,8 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
                             else pretrained_cfg.classifier)
         if random_head:
             fresh = create().state_dict()
-            state.update({key: value for key, value in fresh.items() if key.startswith(tuple(f"{c}." for c in classifiers))})
+            heads = tuple(f"{classifier}." for classifier in classifiers)
+            state.update({key: value for key, value in fresh.items() if key.startswith(heads)})
         found = [len(state[f"{c}.weight"]) for c in classifiers if f"{c}.weight" in state]
         if found and found[0] != num_classes:
             raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "

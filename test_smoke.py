@@ -540,11 +540,10 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, world, monkeypatch, 
     assert len(log_of(out)) == 2
 
 
-def test_workers_may_change(tmp_path, world, monkeypatch):
+def test_workers_may_change(tmp_path, monkeypatch):
     """From 64 px on images are decoded and augmented by workers: 2 of them, or none and 1 after an interruption."""
     monkeypatch.setattr(data, "VAL_SIZE", 20)
-    flags = ["--data", str(world / "good"), "--method", "none", "--student", "deit_toy_patch8_32", "--img-size", "64", *TINY[4:],
-             "--batch-size", "2", "--epochs", "2", "--repeats", "1", "--device", "cpu", "--out"]
+    flags = [*TINY, "--img-size", "64", "--method", "none", "--epochs", "2", "--device", "cpu", "--out"]
     train_kd.main([*flags, str(tmp_path / "whole"), "--workers", "2"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train_kd, "report", lambda log, epochs: len(log) == 2 and sys.exit())

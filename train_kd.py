@@ -128,7 +128,8 @@ def parse_args(argv=None):
     group.add_argument("--color-jitter", type=weight, help="from 64 px")
     group.add_argument("--random-erasing", type=share, help="from 64 px: probability")
     group.add_argument("--crop-pct", type=number(float, 0, 1, open_low=True), help="from 64 px: evaluation crop")
-    group.add_argument("--skip-bad-images", action="store_true", help="let the next image stand in for one that cannot be read")
+    group.add_argument("--skip-bad-images", action="store_true",
+                       help="let the next image stand in for one that cannot be read")
     group.add_argument("--workers", type=number(int, 0, 1024), help="from 64 px: data processes for each process")
 
     group = parser.add_argument_group("training")
@@ -215,10 +216,13 @@ def check(settings, given, saved):
         raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
     changed = {key for key in saved if key not in MAY_CHANGE and saved[key] != getattr(settings, key)}
     if changed:
-        raise ValueError("the run in {} was made with {}: leave these as they were or choose another --out".format(
-            settings.out, ", ".join(f"{flags([key])} {saved[key]}, not {getattr(settings, key)}" for key in sorted(changed))))
-    if (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite or settings.dry_run or settings.bench):
-        raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out")
+        differences = (f"{flags([key])} {saved[key]}, not {getattr(settings, key)}" for key in sorted(changed))
+        raise ValueError(f"the run in {settings.out} was made with {', '.join(differences)}: leave these as they were or "
+                         f"choose another --out")
+    writes = not (settings.dry_run or settings.bench)
+    if writes and (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite):
+        raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose "
+                         f"another --out")
 
 
 def flags(names):
@@ -291,7 +295,8 @@ def describe(settings, teacher, distiller, train, val, classes):
     logits, maps = distiller.eval().student(images)
     distiller.method(labels, logits, maps, *taught)
     return {
-        "settings": {key: value for key, value in vars(settings).items() if key not in ("resume", "overwrite", "dry_run", "bench")},
+        "settings": {key: value for key, value in vars(settings).items()
+                     if key not in ("resume", "overwrite", "dry_run", "bench")},
         "parameters": {"student": count(distiller.student), "method": count(distiller.method),
                        "teacher": count(teacher) if teacher else 0},
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
@@ -308,8 +313,8 @@ def summary(description):
     settings, layers = description["settings"], description["layers"]
     sizes = {who: f"{count / 1e6:.2f} M" for who, count in description["parameters"].items()}
     taught = f" <- {settings['teacher']} ({sizes['teacher']})" if description["parameters"]["teacher"] else ""
-    return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student layers "
-            f"{layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder {settings['out']}")
+    return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student "
+            f"layers {layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder {settings['out']}")
 
 
 def _git_commit():
@@ -359,8 +364,8 @@ def write(path, save):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:                            # torch.save has the latter for a full disk
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is unharmed: make "
-                      f"room, then --resume") from error
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is unharmed: "
+                      f"make room, then --resume") from error
 
 
 def draw_curves(log, path):
@@ -397,11 +402,12 @@ def prepare(settings, teacher, distiller, world):
     """-> update(stream), which trains on the stream's next global batch; optimizer; EMA; the autocasts of both models."""
     student, device = distiller.student, next(distiller.parameters()).device
     teacher_autocast, student_autocast = autocasts = [
-        partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in (who, "both")) for who in ("teacher", "student")]
+        partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in (who, "both"))
+        for who in ("teacher", "student")]
     optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     ema = ModelEmaV3(student, decay=settings.ema_decay)
-    if settings.compile:
-        compile_each(teacher, student)
+    for model in filter(None, (teacher, student) if settings.compile else ()):
+        model.compile(fullgraph=True, dynamic=False)                    # in place, after the EMA's copy
     ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
 
     def update(stream):
@@ -423,11 +429,6 @@ def prepare(settings, teacher, distiller, world):
         return [*terms], means
 
     return update, optimizer, ema, autocasts
-
-
-def compile_each(*models):
-    for model in filter(None, models):
-        model.compile(fullgraph=True, dynamic=False)
 
 
 def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
@@ -506,115 +507,6 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
         print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
 
 
-def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
-    """Where an update's time goes: medians in ms of the step and its parts on images in memory, then the real loader.
-
-    The floor is what no KD training can do without, from bare timm models without hooks: the teacher's forward, the
-    student's forward and backward pass, one optimizer step.
-    """
-    device, accum = next(distiller.parameters()).device, settings.accum
-    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
-    shape = (settings.batch_size // world // accum, 3, settings.img_size, settings.img_size)
-    images, labels = torch.randn(shape, device=device), torch.randint(classes, shape[:1], device=device)
-    memory = itertools.repeat((images, labels))
-
-    def timed(work):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began)
-
-    for _ in range(3):                                                  # warm-up; before the floor adds to the memory
-        update(memory)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
-    bare_teacher, bare_distiller, _ = build(bare, classes)
-    bare_teacher = bare_teacher and bare_teacher.model.to(device)
-    bare_student = bare_distiller.student.model.to(device)
-    bare_optimizer = create_optimizer_v2(bare_student, "adamw", lr=settings.lr, fused=True)
-    if settings.compile:
-        compile_each(bare_teacher, bare_student)
-
-    def floor():
-        for _ in range(accum):
-            if teacher:
-                with torch.no_grad(), teacher_autocast():
-                    bare_teacher(images)
-            with student_autocast():
-                loss = F.cross_entropy(bare_student(images), labels)
-            loss.backward()
-        bare_optimizer.step()
-        bare_optimizer.zero_grad()
-
-    @torch.no_grad()
-    def teach():
-        with teacher_autocast():
-            return teacher(images) if teacher else ()
-
-    def study():
-        with student_autocast():
-            logits, maps = distiller.student(images)
-        F.cross_entropy(logits, labels).backward()
-        return logits, maps
-
-    taught, (logits, maps) = teach(), study()
-    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
-
-    def compare():
-        with student_autocast():
-            terms = distiller.method(labels, logits, maps, *taught)
-        sum(terms.values()).backward()
-
-    def learn():
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(distiller.student)
-
-    parts = {"step": lambda: update(memory), "floor": floor, "teacher": teach, "student": study, "losses": compare,
-             "optimizer": learn}
-    times = [{name: timed(work) for name, work in parts.items()} for _ in range(settings.bench + 1)][1:]     # in turn: a
-    ms = {name: float(np.median([time[name] for time in times])) for name in parts}     # drift of the machine meets all
-    for name in ("teacher", "student", "losses"):
-        ms[name] *= accum
-
-    waits = []
-
-    def watched(stream):
-        while True:
-            began = time.perf_counter()
-            batch = next(stream)
-            waits.append(1000 * (time.perf_counter() - began))
-            yield batch
-
-    real = watched(batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
-        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, repeats=settings.repeats, accum=accum, rank=rank,
-        world=world), epoch))
-    update(real), waits.clear()
-    loop = timed(lambda: [update(real) for _ in range(settings.bench)]) / settings.bench
-    ms["data"] = sum(waits) / settings.bench
-    if rank == 0:
-        result = {"ms": {name: round(value, 2) for name, value in ms.items()}, "step_to_floor": round(ms["step"] / ms["floor"], 3),
-                  "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
-                  "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
-                  "training_hours": round(loop / 3.6e6 * (sizes[0] // settings.batch_size) * settings.epochs, 5),
-                  "updates": settings.bench, "batch_size": settings.batch_size, "img_size": settings.img_size,
-                  "amp": settings.amp, "compile": settings.compile, "processes": world, "threads": torch.get_num_threads(),
-                  "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu("model name")}
-        print(f"{'':10s}{'ms':>10s}   of the step")
-        for name, value in ms.items():
-            print(f"{name:10s}{value:10.2f}{value / ms['step']:10.1%}")
-        hours = result["training_hours"]
-        print(f"step / floor {result['step_to_floor']}; {result['images_per_s_in_memory']} images/s in memory, "
-              f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB\n{settings.epochs} epochs of "
-              f"{sizes[0]:,} images: {duration(hours)} on this machine, {duration(hours / 8)} on 8 like it, without "
-              f"validation\n{json.dumps(result)}", flush=True)
-
-
-def duration(hours):
-    return f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
-
-
 class Stop:
     """Remembers SIGTERM and Ctrl-C, and lets all processes agree on the step after which to stop."""
 
@@ -646,6 +538,116 @@ def check_finite(rows, names, since, world):
              f"last epoch is unharmed; try a lower --lr, a lower --beta or --amp off", status=1)
 
 
+# ----------------------------------------------------------------------------------------------------
+# The bench
+
+
+def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
+    """Where an update's time goes: median ms of the step and its parts on images in memory, then the real loader.
+
+    The floor is what no KD training can do without: the teacher's forward, the student's forward and backward pass
+    (both without hooks), one optimizer step.
+    """
+    device, accum = next(distiller.parameters()).device, settings.accum
+    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
+    images = torch.randn(settings.batch_size // world // accum, 3, settings.img_size, settings.img_size, device=device)
+    labels = torch.randint(classes, images.shape[:1], device=device)
+    memory = itertools.repeat((images, labels))
+    for _ in range(3):                                                  # before the floor's models add to the memory
+        update(memory)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
+    bare_teacher, bare_distiller, _ = build(bare, classes)
+    bare_teacher = bare_teacher and bare_teacher.to(device)
+    _, bare_optimizer, _, _ = prepare(bare, bare_teacher, bare_distiller.to(device), 1)
+
+    @torch.no_grad()
+    def teach(model):
+        with teacher_autocast():
+            return model(images) if model else ()
+
+    def study(model):
+        with student_autocast():
+            logits, maps = model(images)
+        F.cross_entropy(logits, labels).backward()
+        return logits, maps
+
+    def step(optimizer):
+        optimizer.step()
+        optimizer.zero_grad()
+
+    taught, (logits, maps) = teach(teacher), study(distiller.student)
+    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
+
+    def compare():
+        with student_autocast():
+            terms = distiller.method(labels, logits, maps, *taught)
+        sum(terms.values()).backward()
+
+    def timed(work, times=1):
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    times = [{"step": timed(lambda: update(memory)),                    # in turn: a drift of the machine meets all
+              "floor": timed(lambda: (teach(bare_teacher), study(bare_distiller.student)), accum)
+                       + timed(lambda: step(bare_optimizer)),
+              "teacher": timed(lambda: teach(teacher), accum),
+              "student": timed(lambda: study(distiller.student), accum),
+              "losses": timed(compare, accum),
+              "optimizer": timed(lambda: (step(optimizer), ema.update(distiller.student)))}
+             for _ in range(settings.bench + 1)][1:]                    # the first warms up
+    ms = {part: float(np.median([time[part] for time in times])) for part in times[0]}
+
+    real = (batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
+        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, accum=accum, repeats=settings.repeats, rank=rank,
+        world=world), epoch))
+    waits = []
+
+    def watched():
+        while True:
+            began = time.perf_counter()
+            batch = next(real)
+            waits.append(1000 * (time.perf_counter() - began))
+            yield batch
+
+    stream = watched()
+    update(stream), waits.clear()                                       # the first starts the workers
+    loop = timed(lambda: update(stream), settings.bench) / settings.bench
+    ms["data"] = sum(waits) / settings.bench
+    if rank == 0:
+        report_bench(settings, ms, loop, peak, sizes[0], world, device)
+
+
+def report_bench(settings, ms, loop, peak, train_size, world, device):
+    hours = loop / 3.6e6 * (train_size // settings.batch_size) * settings.epochs
+    duration = lambda hours: (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else
+                              f"{60 * hours:.1f} minutes")
+    result = {"ms": {part: round(value, 2) for part, value in ms.items()},
+              "step_to_floor": round(ms["step"] / ms["floor"], 3),
+              "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
+              "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
+              "training_hours": round(hours, 5), "updates": settings.bench, "batch_size": settings.batch_size,
+              "img_size": settings.img_size, "amp": settings.amp, "compile": settings.compile, "processes": world,
+              "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu("model name")}
+    print(f"{'':10s}{'ms':>10s}   of the step")
+    for part, value in ms.items():
+        print(f"{part:10s}{value:10.2f}{value / ms['step']:10.1%}")
+    print(f"step / floor {result['step_to_floor']}; {result['images_per_s_in_memory']} images/s in memory, "
+          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB\n{settings.epochs} epochs of "
+          f"{train_size:,} images: {duration(hours)} on this machine, {duration(hours / 8)} on 8 like it, without validation")
+    print(json.dumps(result), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The program
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
@@ -670,16 +672,18 @@ def main(argv=None):
         if settings.dry_run:
             return
         if settings.resume and description["images"] != read_run(vars(settings))["images"]:
-            raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has {description['images']}, "
-                             f"the run had {read_run(vars(settings))['images']}")
+            raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
+                             f"{description['images']}, the run had {read_run(vars(settings))['images']}")
         last = Path(settings.out) / "last.pt"
         state = load_state(last, distiller) if settings.resume and last.exists() else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
-        loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, device=device, **pipeline,
-                                     seed=settings.seed, repeats=settings.repeats, skip_bad_images=settings.skip_bad_images)
+        loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, **pipeline,
+                                     device=device, seed=settings.seed, repeats=settings.repeats,
+                                     skip_bad_images=settings.skip_bad_images)
+        teacher, distiller = teacher and teacher.to(device), distiller.to(device)
         if settings.bench:
-            return bench(settings, teacher and teacher.to(device), distiller.to(device), classes, loaders, sizes, rank, world)
+            return bench(settings, teacher, distiller, classes, loaders, sizes, rank, world)
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         if not os.access(settings.out, os.W_OK):
             raise ValueError(f"{settings.out} is not writable: choose another --out")
@@ -695,7 +699,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     try:
-        train(settings, teacher and teacher.to(device), distiller.to(device), state, loaders, sizes, rank, world)
+        train(settings, teacher, distiller, state, loaders, sizes, rank, world)
     except data.BadImage as error:                                      # from a data worker with its traceback in front
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
     except OSError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -221,6 +221,12 @@ def pad_crop_flip(images, draws, padding=4):
     xs = right[:, None] + torch.where(draws[:, 2:] < 0.5, steps.flip(0), steps)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     return F.pad(images, [padding] * 4)[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
+
+
+# At full magnitude timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1.
+for _name in ("Posterize", "PosterizeIncreasing"):
+    auto_augment.LEVEL_TO_ARG[_name] = lambda level, hparams, bits=auto_augment.LEVEL_TO_ARG[_name]: (
+        max(1, bits(level, hparams)[0]),)
 
 
 class StreamLoader:

@@ -553,6 +553,16 @@ def test_workers_may_change(tmp_path, monkeypatch):
     assert_same(*(models.read_weights(tmp_path / name / "student.safetensors") for name in ("whole", "parts")))
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0"])
+def test_augmentation_at_its_limits(policy):
+    """Every operation at its ends: timm's posterize asks for 0 bits there, which Pillow may refuse."""
+    train, val = data.Shapes(100, "train"), data.Shapes(2, "val")
+    loader, _ = data.build_loaders(train, val, img_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu"),
+                                   workers=0, auto_augment=policy)
+    batches = data.training_batches(100, 100, seed=0, epoch=0)
+    assert [images.isfinite().all() for images, _ in loader.load(batches, 0)] == [True]
+
+
 def test_bad_images_can_be_skipped(world):
     train, val, _ = data.open_data(str(world / "corrupt"))
     with pytest.raises(data.BadImage, match="0.png"):

@@ -627,7 +627,7 @@ def report_bench(settings, ms, loop, peak, train_size, world, device):
     hours = loop / 3.6e6 * (train_size // settings.batch_size) * settings.epochs
     duration = lambda hours: (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else
                               f"{60 * hours:.1f} minutes")
-    result = {"ms": {part: round(value, 2) for part, value in ms.items()},
+    result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
               "step_to_floor": round(ms["step"] / ms["floor"], 3),
               "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
               "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),

@@ -546,7 +546,7 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
     """Where an update's time goes: median ms of the step and its parts on images in memory, then the real loader.
 
     The floor is what no KD training can do without: the teacher's forward, the student's forward and backward pass
-    (both without hooks), one optimizer step.
+    (both without hooks), one optimizer step. With --amp or --compile, `plain` is the step without either.
     """
     device, accum = next(distiller.parameters()).device, settings.accum
     update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
@@ -557,6 +557,9 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
         update(memory)
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    plain = argparse.Namespace(**{**vars(settings), "amp": "off", "compile": False})
+    plain_update, _, _, _ = prepare(plain, teacher, distiller, world)
+    plain_update = torch.compiler.set_stance("force_eager")(plain_update)
     bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
     bare_teacher, bare_distiller, _ = build(bare, classes)
     bare_teacher = bare_teacher and bare_teacher.to(device)
@@ -599,7 +602,8 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
               "teacher": timed(lambda: teach(teacher), accum),
               "student": timed(lambda: study(distiller.student), accum),
               "losses": timed(compare, accum),
-              "optimizer": timed(lambda: (step(optimizer), ema.update(distiller.student)))}
+              "optimizer": timed(lambda: (step(optimizer), ema.update(distiller.student))),
+              **({"plain": timed(lambda: plain_update(memory))} if settings.amp != "off" or settings.compile else {})}
              for _ in range(settings.bench + 1)][1:]                    # the first warms up
     ms = {part: float(np.median([time[part] for time in times])) for part in times[0]}
 
@@ -628,7 +632,7 @@ def report_bench(settings, ms, loop, peak, train_size, world, device):
     duration = lambda hours: (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else
                               f"{60 * hours:.1f} minutes")
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
-              "step_to_floor": round(ms["step"] / ms["floor"], 3),
+              "step_to_floor": round(ms["step"] / ms["floor"], 3), "plain_to_step": round(ms.get("plain", ms["step"]) / ms["step"], 3),
               "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
               "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
               "training_hours": round(hours, 5), "updates": settings.bench, "batch_size": settings.batch_size,

@@ -604,13 +604,21 @@ def test_compiles_to_one_graph(name, size, options, backend):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_by_default_where_it_helps(monkeypatch):
+    monkeypatch.setattr(train_kd, "cpu", {"flags": "sse avx512_bf16", "model name": "any"}.get)
+    assert [train_kd.default_amp(torch.device(d), size) for d, size in (("cpu", 224), ("cpu", 32), ("cuda", 32))] == ["both", "off", "both"]
+    monkeypatch.setattr(train_kd, "cpu", lambda key: "")
+    assert train_kd.default_amp(torch.device("cpu"), 224) == "off"
+
+
 def test_bench(tmp_path, capsys):
-    train_kd.main([*TINY, "--method", "projector", "--bench", "2", "--accum", "2", "--out", str(tmp_path / "none")])
+    train_kd.main([*TINY, "--method", "projector", "--bench", "2", "--accum", "2", "--amp", "--out", str(tmp_path / "none")])
     *_, table, projection, line = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert result["images_per_s_in_memory"] == pytest.approx(16000 / result["ms"]["step"], rel=0.01)
     assert result["step_to_floor"] == pytest.approx(result["ms"]["step"] / result["ms"]["floor"], rel=0.01)
     assert result["training_hours"] == pytest.approx(30 * 64 / result["images_per_s"] / 3600, rel=0.1)
+    assert result["plain_to_step"] == pytest.approx(result["ms"]["plain"] / result["ms"]["step"], rel=0.01)
     assert all(value > 0 for value in result["ms"].values()) and not (tmp_path / "none").exists()
 
 

@@ -633,11 +633,11 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "student.safetensors", "curves.png"}
 
-    monkeypatch.setattr(train_kd, "report", lambda log, epochs: None if len(log) == 1 else sys.exit("killed"))
-    with pytest.raises(SystemExit, match="killed"):                     # after the second epoch, before it is saved
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(train_kd, "report", lambda log, epochs: len(log) == 2 and sys.exit("killed"))     # before it is saved
         train_kd.main([*flags, "--out", str(tmp_path / "parts")])
     assert len(log_of(tmp_path / "parts")) == 1
-    launch("train_kd.py", "--resume", "--out", tmp_path / "parts")
+    train_kd.main(["--resume", "--out", str(tmp_path / "parts")])
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     ends = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")]
     [end.pop("log") for end in ends]
@@ -655,7 +655,7 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
 def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
     """kill -9 in the first run, SIGTERM in the second (after a step, within an epoch), and the third reaches the end."""
     flags = [*TINY, "--method", "none", "--epochs", "5", "--device", "cpu", "--train-size", "640"]
-    launch("train_kd.py", *flags, "--out", tmp_path / "whole")
+    train_kd.main([*flags, "--out", str(tmp_path / "whole")])
     out, resume = tmp_path / "parts", ["--resume", "--out", str(tmp_path / "parts")]
     for number, command in ((signal.SIGKILL, [*flags, "--out", str(out)]), (signal.SIGTERM, resume)):
         stamp = out.exists() and (out / "last.pt").stat().st_mtime_ns
@@ -669,7 +669,7 @@ def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
         said, _ = process.communicate(timeout=60)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert "stopped by SIGTERM after step" in said and not (out / "student.safetensors").exists()
-    launch("train_kd.py", *resume)
+    train_kd.main(resume)
     assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 5
     ends = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole")]
     [end.pop("log") for end in ends]
@@ -690,7 +690,7 @@ def test_a_signal_stops_all_processes(tmp_path):
     assert process.returncode and said.count("stopped by SIGTERM after step") == 1
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
     assert f"after step {step}:" in said and not (tmp_path / "student.safetensors").exists()
-    launch("train_kd.py", "--resume", "--out", tmp_path, "--epochs", step // 40 + 1)
+    train_kd.main(["--resume", "--out", str(tmp_path), "--epochs", str(step // 40 + 1)])
     assert len(log_of(tmp_path)) == step // 40 + 1
 
 

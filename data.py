@@ -79,7 +79,7 @@ def _draw(table, pixels, labels):
     wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
     pattern = np.stack([np.clip(0.5 + 0.5 * p / radius, 0, 1), 0.5 + 0.5 * np.tanh(3 * wave_p),
                         0.5 + 0.5 * np.tanh(3 * wave_p * wave_q), pixels[:, 0]])[texture, rows]
-    base, contrast = colour(0.5, 0.9), uniform(0.3, 0.6)[..., None] + colour(-0.2, 0.2)
+    base, contrast = colour(0.5, 0.9), uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
     image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
 
     image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.12      # something in front, and sensor noise

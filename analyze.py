@@ -239,9 +239,13 @@ def open_model(text, args):
                        weights=None if source in ("", "random") else source, **args.model_kwargs or {})
 
 
+def read_config(run):
+    return json.loads((run / "config.json").read_text())
+
+
 def open_student(run, file):
     """The student of a run, as `file` of its folder holds it."""
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     settings = config["settings"]
     if not (run / file).is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
@@ -467,6 +471,7 @@ def draw_by_depth(results, series, ylabel, title, path):
         x = np.arange(1, len(values) + 1) if len(depths) == 1 else np.linspace(0, 1, len(values))
         axes.plot(x, values, label=r["label"], **style(i))
     axes.set(xlabel="layer" if len(depths) == 1 else "relative depth (0: first layer, 1: last)", ylabel=ylabel, title=title)
+    axes.locator_params(axis="x", integer=len(depths) == 1)
     finish(plt, figure, path, legend=axes)
 
 
@@ -555,8 +560,7 @@ def evolution(args, device):
     for run in map(Path, args.evolution):
         if not (run / "config.json").is_file() or not sorted(run.glob("epoch_*.pt")):
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
-        config = json.loads((run / "config.json").read_text())
-        load = open_images(args.data or config["settings"]["data"], args.images, args.seed)
+        load = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
         lines = {}
         for snapshot in sorted(run.glob("epoch_*.pt")):
             subject = Subject(f"{run.name}: {snapshot.stem}", open_student(run, snapshot.name), args.layers, device)
@@ -586,8 +590,8 @@ def study(folder, out):
     """The finished runs in folders NAME-SEED: study.csv, study.png, and a table of mean and standard deviation."""
     rows = []
     for run in sorted(folder.glob("*-*")):
-        config, log = ((run / name).read_text() for name in ("config.json", "log.jsonl"))
-        settings, log = json.loads(config)["settings"], [json.loads(line) for line in log.splitlines()]
+        settings = read_config(run)["settings"]
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         if len(log) == settings["epochs"]:
             minutes = np.median([line["seconds"] for line in log]) * len(log) / 60      # the median: not of interruptions
             results = (log[-1][key] for key in ("top1", "ema_top1", "loss"))
@@ -595,8 +599,8 @@ def study(folder, out):
     if not rows:
         raise ValueError(f"{folder} holds no finished runs in folders NAME-SEED (config.json, log.jsonl)")
     write_csv(out / "study.csv", ("run", "seed", "top1", "ema_top1", "train_loss", "minutes"), rows)
-    names = {row[0] for row in rows}
-    top1 = sorted(((name, [row[2] for row in rows if row[0] == name]) for name in names), key=lambda item: np.mean(item[1]))
+    top1 = {name: [row[2] for row in rows if row[0] == name] for name in {row[0] for row in rows}}
+    top1 = sorted(top1.items(), key=lambda item: np.mean(item[1]))
     plt = plotter()
     figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1), layout="constrained")
     for y, (name, values) in enumerate(top1):
@@ -657,7 +661,7 @@ def newest_run(args):
     runs = sorted(Path("runs").glob("**/student.safetensors"), key=os.path.getmtime)
     if not runs:
         raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train something first")
-    settings = json.loads((runs[-1].parent / "config.json").read_text())["settings"]
+    settings = read_config(runs[-1].parent)["settings"]
     args.models, args.data = [str(runs[-1].parent)], args.data or settings["data"]
     if settings["teacher_weights"] and settings["method"] != "none":
         args.models.insert(0, f"{settings['teacher']}={settings['teacher_weights']}")

@@ -108,6 +108,7 @@ def parse_args(argv=None):
     group.add_argument("--student-layers", type=int, nargs="+", metavar="L", help="explicit, ascending, counted from 0")
     group.add_argument("--teacher-layers", type=int, nargs="+", metavar="L", help="as many of the teacher's")
 
+    # These reach the method by name: `build` gives its constructor those that METHODS[...].options() lists.
     group = parser.add_argument_group("objective (DD Eq. 10, 11, 14)")
     group.add_argument("--alpha", type=share, help="weight of logits KD; 0 leaves CE and the feature term")
     group.add_argument("--beta", type=weight, help="weight of the feature term; it is not computed at 0")
@@ -349,7 +350,7 @@ def load_state(path, distiller):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         distiller.load_state_dict(state["distiller"])
-        return {key: state[key] for key in ("optimizer", "ema", "step", "best", "log", "rows")}
+        return {key: state[key] for key in ("optimizer", "ema", "step", "log", "rows")}
     except Exception as error:                                          # cut short, foreign, or a pickle with code in it
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"cannot resume from {path}, which is damaged or not a checkpoint of this run ({reason}): restore "
@@ -366,6 +367,20 @@ def write(path, save):
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is unharmed: "
                       f"make room, then --resume") from error
+
+
+def write_log(out, log):
+    write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+
+
+def write_weights(out, model, log, snapshot_every):
+    """best.pt if the last epoch beats all former ones, epoch_NNNN.pt after every `snapshot_every` epochs."""
+    *former, last = log
+    weights = {"model": model.state_dict(), "epoch": last["epoch"], "top1": last["top1"]}
+    if last["top1"] > max((line["top1"] for line in former), default=-1):
+        write(out / "best.pt", partial(torch.save, weights))
+    if len(log) % snapshot_every == 0:
+        write(out / f"epoch_{len(log):04d}.pt", partial(torch.save, weights))
 
 
 def draw_curves(log, path):
@@ -441,18 +456,18 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
                                        warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
                                        step_on_epochs=False, updates_per_epoch=steps)
-    step, best, log, rows = 0, -1.0, [], None                           # rows: the loss terms of the epoch's updates
+    step, log, rows = 0, [], None                                       # rows: the loss terms of the epoch's updates
     if state:
         optimizer.load_state_dict(state["optimizer"])
         ema.module.load_state_dict(state["ema"])
-        step, best, log, rows = state["step"], state["best"], json.loads(state["log"]), state["rows"].to(device)
+        step, log, rows = state["step"], state["log"], state["rows"].to(device)
     stop = Stop(world)
 
     def save():                                                         # what last.pt does not hold is made again
         state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
-                 "step": step, "best": best, "log": json.dumps(log), "rows": rows}
+                 "step": step, "log": log, "rows": rows}
         write(out / "last.pt", partial(torch.save, state))
-        write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+        write_log(out, log)
 
     if teacher:
         top1, top5 = evaluate(teacher, val_loader, val_batches, teacher_autocast)
@@ -492,15 +507,10 @@ def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
                     "seconds": time.time() - began})
         if rank == 0:
             report(log, settings.epochs)
-            weights = {"model": student.model.state_dict(), "epoch": epoch, "top1": top1}
-            if top1 > best:
-                write(out / "best.pt", partial(torch.save, weights))
-            if (epoch + 1) % settings.snapshot_every == 0:
-                write(out / f"epoch_{epoch + 1:04d}.pt", partial(torch.save, weights))
-            best = max(best, top1)
+            write_weights(out, student.model, log, settings.snapshot_every)
             save()
     if rank == 0:
-        save()                                                          # the log, had the run been killed between the two
+        write_log(out, log)                                             # had a run been killed within its last `save`
         weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
         write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
         write(out / "curves.png", partial(draw_curves, log))
@@ -543,23 +553,59 @@ def check_finite(rows, names, since, world):
 
 
 def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
-    """Where an update's time goes: median ms of the step and its parts on images in memory, then the real loader.
+    """Where an update's time goes: median ms of the step and its parts on images in memory, then the real loader."""
+    device = next(distiller.parameters()).device
+
+    def timed(work, times=1):
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    update, parts, peak = bench_parts(settings, teacher, distiller, classes, world)
+    times = [{part: timed(work) for part, work in parts.items()}        # in turn: a drift of the machine meets all
+             for _ in range(settings.bench + 1)][1:]                    # the first warms up
+    ms = {part: float(np.median([time[part] for time in times])) for part in parts}
+
+    real = (batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
+        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, accum=settings.accum, repeats=settings.repeats,
+        rank=rank, world=world), epoch))
+    waits = []
+
+    def watched():
+        while True:
+            began = time.perf_counter()
+            batch = next(real)
+            waits.append(1000 * (time.perf_counter() - began))
+            yield batch
+
+    stream = watched()
+    update(stream), waits.clear()                                       # the first starts the workers
+    loop = timed(lambda: update(stream), settings.bench) / settings.bench
+    ms["data"] = sum(waits) / settings.bench
+    if rank == 0:
+        report_bench(settings, ms, loop, peak, sizes[0], world, device)
+
+
+def bench_parts(settings, teacher, distiller, classes, world):
+    """-> update(stream), {part: function that does it once, for a whole batch in memory}, peak memory in bytes.
 
     The floor is what no KD training can do without: the teacher's forward, the student's forward and backward pass
     (both without hooks), one optimizer step. With --amp or --compile, `plain` is the step without either.
     """
-    device, accum = next(distiller.parameters()).device, settings.accum
+    device = next(distiller.parameters()).device
     update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
-    images = torch.randn(settings.batch_size // world // accum, 3, settings.img_size, settings.img_size, device=device)
-    labels = torch.randint(classes, images.shape[:1], device=device)
+    size = settings.batch_size // world // settings.accum
+    images = torch.randn(size, 3, settings.img_size, settings.img_size, device=device)
+    labels = torch.randint(classes, (size,), device=device)
     memory = itertools.repeat((images, labels))
     for _ in range(3):                                                  # before the floor's models add to the memory
         update(memory)
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    plain = argparse.Namespace(**{**vars(settings), "amp": "off", "compile": False})
-    plain_update, _, _, _ = prepare(plain, teacher, distiller, world)
-    plain_update = torch.compiler.set_stance("force_eager")(plain_update)
+
     bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
     bare_teacher, bare_distiller, _ = build(bare, classes)
     bare_teacher = bare_teacher and bare_teacher.to(device)
@@ -588,43 +634,21 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
             terms = distiller.method(labels, logits, maps, *taught)
         sum(terms.values()).backward()
 
-    def timed(work, times=1):
-        began = time.perf_counter()
-        for _ in range(times):
+    def micro(work):                                                    # as often as an update has micro-batches
+        for _ in range(settings.accum):
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began)
 
-    times = [{"step": timed(lambda: update(memory)),                    # in turn: a drift of the machine meets all
-              "floor": timed(lambda: (teach(bare_teacher), study(bare_distiller.student)), accum)
-                       + timed(lambda: step(bare_optimizer)),
-              "teacher": timed(lambda: teach(teacher), accum),
-              "student": timed(lambda: study(distiller.student), accum),
-              "losses": timed(compare, accum),
-              "optimizer": timed(lambda: (step(optimizer), ema.update(distiller.student))),
-              **({"plain": timed(lambda: plain_update(memory))} if settings.amp != "off" or settings.compile else {})}
-             for _ in range(settings.bench + 1)][1:]                    # the first warms up
-    ms = {part: float(np.median([time[part] for time in times])) for part in times[0]}
-
-    real = (batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
-        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, accum=accum, repeats=settings.repeats, rank=rank,
-        world=world), epoch))
-    waits = []
-
-    def watched():
-        while True:
-            began = time.perf_counter()
-            batch = next(real)
-            waits.append(1000 * (time.perf_counter() - began))
-            yield batch
-
-    stream = watched()
-    update(stream), waits.clear()                                       # the first starts the workers
-    loop = timed(lambda: update(stream), settings.bench) / settings.bench
-    ms["data"] = sum(waits) / settings.bench
-    if rank == 0:
-        report_bench(settings, ms, loop, peak, sizes[0], world, device)
+    parts = {"step": lambda: update(memory),
+             "floor": lambda: (micro(lambda: (teach(bare_teacher), study(bare_distiller.student))), step(bare_optimizer)),
+             "teacher": lambda: micro(lambda: teach(teacher)),
+             "student": lambda: micro(lambda: study(distiller.student)),
+             "losses": lambda: micro(compare),
+             "optimizer": lambda: (step(optimizer), ema.update(distiller.student))}
+    if settings.amp != "off" or settings.compile:
+        plain = argparse.Namespace(**{**vars(settings), "amp": "off", "compile": False})
+        plain_update = torch.compiler.set_stance("force_eager")(prepare(plain, teacher, distiller, world)[0])
+        parts["plain"] = lambda: plain_update(memory)
+    return update, parts, peak
 
 
 def report_bench(settings, ms, loop, peak, train_size, world, device):
@@ -632,7 +656,8 @@ def report_bench(settings, ms, loop, peak, train_size, world, device):
     duration = lambda hours: (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else
                               f"{60 * hours:.1f} minutes")
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
-              "step_to_floor": round(ms["step"] / ms["floor"], 3), "plain_to_step": round(ms.get("plain", ms["step"]) / ms["step"], 3),
+              "step_to_floor": round(ms["step"] / ms["floor"], 3),
+              "plain_to_step": round(ms.get("plain", ms["step"]) / ms["step"], 3),
               "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
               "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
               "training_hours": round(hours, 5), "updates": settings.bench, "batch_size": settings.batch_size,
@@ -675,9 +700,10 @@ def main(argv=None):
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
-        if settings.resume and description["images"] != read_run(vars(settings))["images"]:
+        former = read_run(vars(settings))["images"] if settings.resume else description["images"]
+        if description["images"] != former:
             raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
-                             f"{description['images']}, the run had {read_run(vars(settings))['images']}")
+                             f"{description['images']}, the run had {former}")
         last = Path(settings.out) / "last.pt"
         state = load_state(last, distiller) if settings.resume and last.exists() else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}

@@ -320,7 +320,8 @@ def summary(description):
 
 def _git_commit():
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -427,7 +427,7 @@ TRAIN_MISTAKES = {                                                      # flags,
     "unsorted": ("--student-layers 1 0 --teacher-layers 0 1", "ascend"), "repeated": ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
     "one list": ("--student-layers 1", "together"), "lists and first": ("--student-layers 1 --teacher-layers 1 --first 1", "together"),
     "first too large": ("--first 13", "13"), "last too large": ("--last 99", "99"), "no layers": ("--first 0 --last 0", "cannot be paired"),
-    "grids": ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "x"), "alpha": ("--alpha 1.5", "1.5"),
+    "grids": ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "same patch grid"), "alpha": ("--alpha 1.5", "1.5"),
     "alpha nan": ("--alpha nan", "nan"), "beta": ("--beta -1", "-1"), "tau": ("--tau 0", "0"), "tau word": ("--tau warm", "warm"),
     "lr": ("--lr 0", "0"), "lr inf": ("--lr inf", "inf"), "batch 0": ("--batch-size 0", "0"), "batch": ("--batch-size 65", "--batch-size"),
     "accum": ("--accum 3", "does not divide"), "epochs": ("--epochs 0", "0"), "epochs float": ("--epochs 1.5", "1.5"),
@@ -478,7 +478,7 @@ def test_mistakes(program, mistake, world, capsys, monkeypatch):
     assert {path: path.read_bytes() for path in (world / "run").iterdir()} == before
 
 
-def test_hub_out_of_reach(monkeypatch, capsys):
+def test_hub_out_of_reach(monkeypatch):
     create = timm.create_model
 
     def offline(name, pretrained=False, **kwargs):

@@ -513,7 +513,7 @@ def draw_ranks(results, path):
     bins = np.linspace(0, max(r["shape"][0] for r in results), 49)
     for r, axes in zip(results, panels[:, 0]):
         axes.hist(r["svd"][:, -1], bins, color="black", label="SVD of each image")
-        axes.hist(r["pca"][:, -1], bins, color="none", edgecolor="#c1440e", hatch="////", label="dataset PCA")
+        axes.hist(r["pca"][:, -1], bins, fill=False, edgecolor="#c1440e", hatch="////", label="dataset PCA")
         axes.axvline(r["shape"][0], color="gray", linestyle=":", label="channels")
         axes.set_title(r["label"], fontsize=8)
         axes.set_ylabel("images")

@@ -6,9 +6,12 @@ in eval mode, outside DDP, optimizer and checkpoint. (Released code: built its p
 optimizer, outside DDP and checkpoint, and so never trained it.)
 
 A new method is one class with a `@method("name")` line. Its class attributes say what it wants by default, its
-constructor's arguments are the command-line flags it takes, and the dictionary it returns is what is logged.
+constructor's arguments are its command-line flags (name, type and default from the signature, help from the line
+"name: ..." of the docstring), and the dictionary it returns is what is logged.
 """
 import inspect
+import math
+import re
 
 import torch
 import torch.distributed as dist
@@ -42,8 +45,9 @@ def spectral_loss(map_s, map_t):
     """DD Eq. 7 and 9: MSE(F_stack(A_s), F_stack(A_t)), F_stack the orthonormal 2D real FFT over h x w with real
     and imaginary parts stacked. Maps [B, C_s, h, w] and [B, C_t, h, w]; the wider one is pooled over channels.
 
-    Raises ValueError when the grids differ. With the full FFT this were half the spatial MSE (Parseval); the real
-    FFT keeps columns 0..w/2, so it counts once the columns that the full one counts twice.
+    Raises ValueError when the grids differ. With the full FFT this were half the spatial MSE: Parseval keeps the sum of
+    squares, and the mean runs over twice as many numbers, real and imaginary parts. The real FFT keeps columns
+    0..w/2, so it counts once the columns that the full one counts twice.
     """
     with _autocast_off(map_s):
         # The FFT is linear: one transform of the difference instead of two.
@@ -71,7 +75,16 @@ def _pool_channels(feature_map, channels):
     if feature_map.shape[1] == channels:
         return feature_map
     tokens = feature_map.flatten(2).transpose(1, 2)                     # [B, N, C], the layout that ViTs keep anyway
-    return F.adaptive_avg_pool1d(tokens, channels).transpose(1, 2).unflatten(2, feature_map.shape[2:])
+    if tokens.device.type == "mps":                                     # which pools only to widths that divide
+        pooled = tokens @ _pooling_matrix(tokens.shape[2], channels).to(tokens)
+    else:
+        pooled = F.adaptive_avg_pool1d(tokens, channels)
+    return pooled.transpose(1, 2).unflatten(2, feature_map.shape[2:])
+
+
+def _pooling_matrix(width, channels):
+    """Adaptive average pooling as a matrix [width, channels]: what becomes of the identity."""
+    return F.adaptive_avg_pool1d(torch.eye(width), channels)
 
 
 def _full(x):
@@ -94,6 +107,11 @@ def _autocast_off(x):
 METHODS = {}
 
 
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 def method(name):
     def register(cls):
         cls.name, METHODS[name] = name, cls
@@ -103,21 +121,28 @@ def method(name):
 
 @method("none")
 class NoKD(nn.Module):
-    """Plain training, the standalone student: CE(f_s, y)."""
+    """Plain training, the standalone student: CE(f_s, y).
+
+    label_smoothing: share of each label that is spread over all classes
+    """
 
     needs_teacher, variant, first, last = False, "plain", 0, 0          # what a method wants by default
 
-    def __init__(self, channels=(), label_smoothing=0.0):
+    def __init__(self, channels=(), label_smoothing=0.1):
         """`channels`: (C_s, C_t) of each aligned layer pair. The other arguments are the method's flags."""
         super().__init__()
+        _require(0 <= label_smoothing <= 1, f"label_smoothing {label_smoothing} is not in [0, 1]")
         self.channels, self.label_smoothing = channels, label_smoothing
 
     @classmethod
     def options(cls):
-        """Names of the flags that the constructor takes, those of its parents included."""
-        constructors = [vars(c)["__init__"] for c in cls.__mro__[:cls.__mro__.index(nn.Module)] if "__init__" in vars(c)]
-        parameters = [p for c in constructors for p in inspect.signature(c).parameters.values()]
-        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self", "channels"}
+        """The constructor's arguments, those of its parents included: {name: (default, help)}. Each is a flag."""
+        kinds = cls.__mro__[:cls.__mro__.index(nn.Module)]
+        parameters = [p for kind in kinds if "__init__" in vars(kind)
+                      for p in inspect.signature(kind.__init__).parameters.values()]
+        helps = dict(re.findall(r"^ *(\w+): (.+)$", "\n".join(kind.__doc__ or "" for kind in reversed(kinds)), re.M))
+        return {p.name: (p.default, helps.get(p.name, "")) for p in reversed(parameters)
+                if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "channels")}
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
         """Labels [B], logits [B, K], maps: lists of [B, C, h, w], layer by layer -> {term: weighted scalar}."""
@@ -126,12 +151,18 @@ class NoKD(nn.Module):
 
 @method("soft")
 class SoftKD(NoKD):
-    """Logits KD, DD Eq. 10: L_KD = (1 - alpha) CE + alpha tau^2 KL."""
+    """Logits KD, DD Eq. 10: L_KD = (1 - alpha) CE + alpha tau^2 KL.
+
+    alpha: weight of logits KD; 0 leaves CE and the feature term
+    tau: temperature T
+    """
 
     needs_teacher = True
 
     def __init__(self, alpha=0.9, tau=1.0, **common):
         super().__init__(**common)
+        _require(0 <= alpha <= 1, f"alpha {alpha} is not in [0, 1]")
+        _require(0 < tau < math.inf, f"tau {tau} is not positive and finite")
         self.alpha, self.tau = alpha, tau
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
@@ -140,28 +171,45 @@ class SoftKD(NoKD):
 
 
 class FeatureKD(SoftKD):
-    """DD Eq. 11 and 14: L_KD + beta L_feature, the mean over the layer pairs of what `pair_loss` returns."""
+    """DD Eq. 11 and 14: L_KD + beta L_feature, the mean over the layer pairs of what `pair_loss` returns.
+
+    beta: weight of the feature term, which is not computed at 0
+    """
 
     first, last = 1, 1                                                  # the best row of DD Table 1
 
     def __init__(self, beta=0.2, **soft):
         super().__init__(**soft)
+        _require(0 <= beta < math.inf, f"beta {beta} is not in [0, inf)")
         self.beta = beta
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
         terms = super().forward(labels, logits_s, maps_s, logits_t, maps_t)
         if self.beta:
-            losses = [self.pair_loss(i, *pair) for i, pair in enumerate(zip(maps_s, maps_t, strict=True))]
+            losses = [self._compare(i, *pair) for i, pair in enumerate(zip(maps_s, maps_t, strict=True))]
             terms[self.term] = self.beta * torch.stack(losses).mean()
         return terms
+
+    def _compare(self, i, map_s, map_t):
+        try:
+            return self.pair_loss(i, map_s, map_t)
+        except RuntimeError as error:
+            if map_s.shape == map_t.shape:
+                raise
+            raise ValueError("{} cannot compare a student's map of {} x {} x {} with a teacher's of {} x {} x {} ({}): pool "
+                             "or project one of them".format(self.name, *map_s.shape[1:], *map_t.shape[1:], error)) from error
 
 
 @method("spectral")
 class SpectralKD(FeatureKD):
-    """DD Eq. 11: L_KD + beta L_Freq. With feature_loss="mse" the naive feature KD that EM starts from."""
+    """DD Eq. 11: L_KD + beta L_Freq. With feature_loss="mse" the naive feature KD that EM starts from.
+
+    feature_loss: spectral or mse
+    """
 
     def __init__(self, feature_loss="spectral", **feature):
         super().__init__(**feature)
+        _require(feature_loss in FEATURE_LOSSES, f"feature_loss {feature_loss} is neither spectral nor mse")
         self.term = feature_loss
 
     def pair_loss(self, i, map_s, map_t):
@@ -172,16 +220,18 @@ class SpectralKD(FeatureKD):
 class ProjectorKD(FeatureKD):
     """DD Eq. 14: L_KD + beta MSE(P(A_s), A_t), P a learnable linear map C_s -> C_t at every position, a pair each.
 
-    norm="batch" standardises the channels of both sides first, as the released code does (not in the paper);
-    norm="none" is Eq. 13 as printed.
+    Released code: standardises the channels of both sides first, which is not in the paper; here the default as well.
+
+    norm: standardise both sides over the batch first (batch, as released) or compare them as printed (none)
     """
 
     term = "projector"
 
     def __init__(self, norm="batch", **feature):
         super().__init__(**feature)
+        _require(norm in ("batch", "none"), f"norm {norm} is neither batch nor none")
         self.norm = norm
-        # No bias: the standardisation would cancel it.
+        # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
         self.projectors = nn.ModuleList(nn.Linear(c_s, c_t, bias=False) for c_s, c_t in self.channels if self.beta)
 
     def pair_loss(self, i, map_s, map_t):
@@ -214,6 +264,8 @@ class _MeanOfProcesses(torch.autograd.Function):
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
+    # Every process's loss depends on every process's x, through the mean. So the gradient of x is the mean over the
+    # processes of the gradients that arrive: the same computation.
     backward = forward
 
 

@@ -3,8 +3,10 @@
 A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (the self-attention blocks), a stage of
 a Swin or ResNet. Its feature map is the raw output, before the final norm, without class or register tokens.
 """
+import json
 import logging
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -62,7 +64,7 @@ class HookedModel(nn.Module):
 
 
 def stages(model):
-    """The layers that "First X, Last Y" counts: all of `feature_info`, less the stem that timm lists for CNNs."""
+    """The layers that "First X, Last Y" counts: the blocks of a ViT, the stages of a Swin or CNN (less its stem)."""
     return [i for i, info in enumerate(model.feature_info) if info["module"].startswith(("blocks", "layer", "stages"))]
 
 
@@ -158,9 +160,11 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
     if variant != "plain" and not teacher_width:
         raise ValueError(f"a {variant} student needs the width of a teacher's last layer")
     pretrained_cfg = timm.get_pretrained_cfg(name)
+    size = dict(input_size=(3, img_size, img_size)) if img_size else {}  # for timm's transforms
     if img_size and pretrained_cfg.fixed_input_size:                    # CNNs take any size and have no such argument
         timm_kwargs["img_size"] = img_size
-    create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
+    create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes,
+                     pretrained_cfg_overlay=size, **timm_kwargs)
     if weights:
         state = read_weights(weights)
         classifiers = tuple([pretrained_cfg.classifier] if isinstance(pretrained_cfg.classifier, str)
@@ -179,7 +183,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
                 model.load_state_dict(state)
                 return model
             # By way of timm's own loader, which adapts published formats and position embeddings.
-            return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=num_classes))
+            return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=num_classes, **size))
         except Exception as error:                                      # whatever a foreign file makes timm stumble on
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
     if pretrained:
@@ -195,6 +199,27 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
     if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
         raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")
     return model
+
+
+def load_student(run, file="student.safetensors"):
+    """The student of a run's folder, whole: plain, lifted or widened, with the weights that `file` of it holds
+    (student.safetensors, best.pt, epoch_0030.pt, ...). Raises ValueError if it is not there."""
+    path, config = Path(run) / file, read_config(run)
+    settings, width = config["settings"], None
+    if not path.is_file():
+        raise ValueError(f"{run} has no {file}: the run has not got there yet")
+    if settings["variant"] != "plain":
+        width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
+    return build_model(settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
+                       variant=settings["variant"], teacher_width=width, weights=path, **settings["student_kwargs"] or {})
+
+
+def read_config(run):
+    """config.json of a run's folder. Raises ValueError if there is none."""
+    try:
+        return json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} is not the folder of a run: {_one_line(error)}") from error
 
 
 def check_pretrained_classes(name, num_classes, random_head=False):
@@ -220,7 +245,7 @@ def _one_line(error):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The toy pair: 12 layers each, 4 x 4 patches of a 32 x 32 image, the teacher twice as wide
+# The toy pair: 12 layers each, 32 x 32 pixels in patches of 8 x 8, hence 4 x 4 tokens; the teacher is twice as wide
 
 _toy_cfg = dict(num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5), interpolation="bicubic", first_conv="patch_embed.proj", classifier="head")

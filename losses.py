@@ -38,7 +38,8 @@ def soft_kd_terms(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smoot
 
 def soft_kd_loss(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smoothing=0.0):
     """DD Eq. 10: (1 - alpha) CE(f_s, y) + alpha tau^2 KL(softmax(f_t / tau) || softmax(f_s / tau)). A scalar."""
-    return sum(soft_kd_terms(logits_s, logits_t, labels, alpha=alpha, tau=tau, label_smoothing=label_smoothing).values())
+    terms = soft_kd_terms(logits_s, logits_t, labels, alpha=alpha, tau=tau, label_smoothing=label_smoothing)
+    return sum(terms.values())
 
 
 def spectral_loss(map_s, map_t):
@@ -196,8 +197,9 @@ class FeatureKD(SoftKD):
         except RuntimeError as error:
             if map_s.shape == map_t.shape:
                 raise
-            raise ValueError("{} cannot compare a student's map of {} x {} x {} with a teacher's of {} x {} x {} ({}): pool "
-                             "or project one of them".format(self.name, *map_s.shape[1:], *map_t.shape[1:], error)) from error
+            sizes = [" x ".join(map(str, A.shape[1:])) for A in (map_s, map_t)]
+            raise ValueError(f"{self.name} cannot compare a student's map of {sizes[0]} with a teacher's of {sizes[1]} "
+                             f"({error}): pool or project one of them") from error
 
 
 @method("spectral")

@@ -183,7 +183,8 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
                 model.load_state_dict(state)
                 return model
             # By way of timm's own loader, which adapts published formats and position embeddings.
-            return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=num_classes, **size))
+            overlay = dict(state_dict=state, num_classes=num_classes, **size)
+            return create(pretrained=True, pretrained_cfg_overlay=overlay)
         except Exception as error:                                      # whatever a foreign file makes timm stumble on
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
     if pretrained:
@@ -205,13 +206,13 @@ def load_student(run, file="student.safetensors"):
     """The student of a run's folder, whole: plain, lifted or widened, with the weights that `file` of it holds
     (student.safetensors, best.pt, epoch_0030.pt, ...). Raises ValueError if it is not there."""
     path, config = Path(run) / file, read_config(run)
-    settings, width = config["settings"], None
+    settings, width, classes = config["settings"], None, config["images"]["classes"]
     if not path.is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
-    return build_model(settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
-                       variant=settings["variant"], teacher_width=width, weights=path, **settings["student_kwargs"] or {})
+    return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"], weights=path,
+                       variant=settings["variant"], teacher_width=width, **settings["student_kwargs"] or {})
 
 
 def read_config(run):
@@ -226,8 +227,8 @@ def check_pretrained_classes(name, num_classes, random_head=False):
     """Raise ValueError if timm's pretrained classifier is not one of `num_classes` and none was asked for."""
     trained = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else num_classes
     if trained != num_classes and not random_head:
-        raise ValueError(f"the pretrained {name} has {trained} classes and the data has {num_classes}: give a checkpoint "
-                         f"trained on this data with --teacher-weights, or --teacher-head random")
+        raise ValueError(f"the pretrained {name} has {trained} classes and the data has {num_classes}: give a "
+                         f"checkpoint trained on this data with --teacher-weights, or --teacher-head random")
 
 
 def read_weights(path):
@@ -236,7 +237,7 @@ def read_weights(path):
         return load_state_dict(path, use_ema=False, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights file at {path}") from None
-    except Exception as error:                                          # truncated, foreign, or a pickle with code in it
+    except Exception as error:                                          # cut short, foreign, or a pickle with code
         raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {_one_line(error)}") from error
 
 

@@ -6,22 +6,28 @@
     torchrun --nproc_per_node=4 train_kd.py --method spectral --data /data/imagenet --first 1 --last 1
     python train_kd.py ... --dry-run                               # build everything, print it, train nothing
 
-Defaults come from the recipe of the data set (RECIPES below); every entry has a flag. The run's folder receives
-config.json, log.jsonl (a line an epoch), last.pt, best.pt, epoch_NNNN.pt, student.safetensors and curves.png.
+Defaults come from the recipe of the data set (RECIPES), from SETTINGS below and, for what belongs to an objective, from
+losses.py; all have flags. The run's folder receives config.json, log.jsonl (a line an epoch), last.pt, best.pt,
+epoch_NNNN.pt, student.safetensors and curves.png.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                        # Ctrl-C during the imports: no traceback
+
 import argparse
 import contextlib
 import itertools
 import json
 import os
 import platform
-import resource
-import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -37,485 +43,118 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from losses import FEATURE_LOSSES, METHODS, Distiller
-from models import VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, stages
+from losses import METHODS, Distiller
+from models import VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, read_config, stages
 
-AMP = ("off", "teacher", "student", "both")
 HERE = Path(__file__).resolve().parent
 
-# The learning rate belongs to the recipe's batch and scales linearly with another one.
-COMMON = dict(method="spectral", alpha=0.9, beta=0.2, tau=1.0, label_smoothing=0.1, teacher_weights=None,
-              teacher_head="pretrained", data="shapes", data_root="data", train_size=4000, label_noise=0.2, repeats=1,
-              workers=2, accum=1, min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, seed=0,
-              crop_pct=0.875, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, random_erasing=0.25)   # from 64 px
-TOY = dict(COMMON, img_size=32, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", epochs=30, batch_size=64,
-           lr=2e-3, warmup_epochs=2, ema_decay=0.99)
+# What differs by data set. The learning rate belongs to the batch beside it and scales linearly with another one.
+TOY = dict(student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", teacher_weights=None, img_size=32, repeats=1,
+           epochs=30, batch_size=64, lr=2e-3, warmup_epochs=2, ema_decay=0.99)
 RECIPES = {
     "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors"),
-    "small": TOY,
+    "small": TOY,                                                       # any other images below 64 px
     # DD appendix C.3 and the released code: AdamW, 5e-4 x batch / 512, the DeiT augmentation without mixup and cutmix.
-    "imagenet": dict(COMMON, img_size=224, student="deit_tiny_patch16_224", teacher="cait_s24_224", epochs=300,
-                     batch_size=2048, lr=2e-3, warmup_epochs=5, ema_decay=0.99996, repeats=3),
+    "imagenet": dict(student="deit_tiny_patch16_224", teacher="cait_s24_224", teacher_weights=None, img_size=224,
+                     repeats=3, epochs=300, batch_size=2048, lr=2e-3, warmup_epochs=5, ema_decay=0.99996),
 }
 
 # ----------------------------------------------------------------------------------------------------
-# Settings
+# The loop. `run` is what `prepare` makes: settings, teacher, distiller (and its student), ddp, optimizer, ema, ...
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+def update(run, stream, step):
+    """One optimizer step on the stream's next global batch -> names and means of the loss terms, on the device."""
+    means, accum = 0, run.settings.accum
+    for micro in range(accum):
+        images, labels = next(stream)
+        with torch.no_grad(), run.teacher_autocast():
+            taught = run.teacher(images) if run.teacher else None
+        last = micro == accum - 1
+        with contextlib.nullcontext() if last or run.world == 1 else run.ddp.no_sync():
+            with run.student_autocast():
+                _, terms = run.ddp(images, labels, taught)              # the loop never asks which method runs
+            (sum(terms.values()) / accum).backward()
+        means += torch.stack([*terms.values()]).detach() / accum
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.ema.update(run.student)
+    return [*terms], means
 
 
-def fail(message, status=2):
-    """End the program as every bad input does: one line on stderr, once for all processes, and exit status 2."""
-    if int(os.environ.get("RANK", 0)) > 0:                              # all processes see the same mistake: let the first
-        time.sleep(5)                                                   # speak, whose end makes torchrun stop the others
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def number(kind, low, high, open_low=False):
-    """An argparse type: an int or float in [low, high], or (low, high] with open_low."""
-    def parse(text):
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low}, {high}]")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    count, positive, share = number(int, 1, 10 ** 9), number(float, 0, 1e9, open_low=True), number(float, 0, 1)
-    weight = number(float, 0, 1e9)
-
-    group = parser.add_argument_group("what is distilled into what")
-    group.add_argument("--method", choices=METHODS, help="objective (default: spectral)")
-    group.add_argument("--student", metavar="TIMM_MODEL")
-    group.add_argument("--variant", choices=VARIANTS, help="student variant (default: the method's own)")
-    group.add_argument("--student-kwargs", nargs="+", action=ParseKwargs, metavar="KEY=VALUE",
-                       help="arguments for timm, e.g. embed_dim=219 num_heads=3 (EM's UniformWide control)")
-    group.add_argument("--teacher", metavar="TIMM_MODEL")
-    group.add_argument("--teacher-kwargs", nargs="+", action=ParseKwargs, metavar="KEY=VALUE")
-    group.add_argument("--teacher-weights", metavar="FILE", help=".safetensors, .pt or .pth (default: timm's pretrained)")
-    group.add_argument("--teacher-head", choices=("pretrained", "random"),
-                       help="random: a teacher without a classifier for this data (DD Table 2)")
-    group.add_argument("--first", type=number(int, 0, 10 ** 4), metavar="X", help="align the first X layers")
-    group.add_argument("--last", type=number(int, 0, 10 ** 4), metavar="Y",
-                       help="align the last Y layers (if only one of the two is given, the other is 0)")
-    group.add_argument("--student-layers", type=int, nargs="+", metavar="L", help="explicit, ascending, counted from 0")
-    group.add_argument("--teacher-layers", type=int, nargs="+", metavar="L", help="as many of the teacher's")
-
-    # These reach the method by name: `build` gives its constructor those that METHODS[...].options() lists.
-    group = parser.add_argument_group("objective (DD Eq. 10, 11, 14)")
-    group.add_argument("--alpha", type=share, help="weight of logits KD; 0 leaves CE and the feature term")
-    group.add_argument("--beta", type=weight, help="weight of the feature term; it is not computed at 0")
-    group.add_argument("--tau", type=positive, help="temperature T")
-    group.add_argument("--label-smoothing", type=share)
-    group.add_argument("--feature-loss", choices=FEATURE_LOSSES, help="spectral, lift, widelast")
-    group.add_argument("--projector-norm", choices=("batch", "none"), dest="norm",
-                       help="projector: standardise both sides first (batch, as released; the default) or not")
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="shapes (default), a folder with train/ and val/, torch/NAME, hfds/NAME")
-    group.add_argument("--data-root", metavar="DIR", help="where torch/ and hfds/ sets are kept (default: data)")
-    group.add_argument("--train-size", type=count, help="shapes: how many training images to draw")
-    group.add_argument("--label-noise", type=share, help="shapes: share of the training labels that are drawn at random")
-    group.add_argument("--img-size", type=count)
-    group.add_argument("--repeats", type=count, help="repeated augmentation: times each image comes in its batch")
-    group.add_argument("--auto-augment", metavar="POLICY", help="from 64 px: timm's RandAugment string, or none")
-    group.add_argument("--color-jitter", type=weight, help="from 64 px")
-    group.add_argument("--random-erasing", type=share, help="from 64 px: probability")
-    group.add_argument("--crop-pct", type=number(float, 0, 1, open_low=True), help="from 64 px: evaluation crop")
-    group.add_argument("--skip-bad-images", action="store_true",
-                       help="let the next image stand in for one that cannot be read")
-    group.add_argument("--workers", type=number(int, 0, 1024), help="from 64 px: data processes for each process")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count)
-    group.add_argument("--batch-size", type=count, help="global: over all processes and accumulation steps")
-    group.add_argument("--accum", type=count, help="gradient accumulation steps")
-    group.add_argument("--lr", type=positive, help="peak (default: the recipe's, scaled linearly with the batch)")
-    group.add_argument("--min-lr", type=weight)
-    group.add_argument("--warmup-lr", type=weight)
-    group.add_argument("--warmup-epochs", type=weight)
-    group.add_argument("--weight-decay", type=weight)
-    group.add_argument("--ema-decay", type=share, help="of the averaged student that is evaluated beside the student")
-    group.add_argument("--seed", type=number(int, 0, 2 ** 31))
-
-    group = parser.add_argument_group("the run")
-    group.add_argument("--out", metavar="DIR", help="default: runs/METHOD")
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    group.add_argument("--snapshot-every", type=count, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth)")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    group.add_argument("--amp", choices=AMP, nargs="?", const="both",
-                       help="bfloat16 in student, teacher or both (default: both on CUDA and, from 64 px, on CPUs with "
-                            "avx512_bf16 or amx_bf16; else off)")
-    group.add_argument("--compile", action="store_true", help="torch.compile student and teacher, a graph each")
-    group.add_argument("--dry-run", action="store_true", help="build everything with random weights, print it, end")
-    group.add_argument("--bench", type=count, nargs="?", const=10, metavar="N",
-                       help="time N updates (10) with random weights, print where the time goes, end")
-    return parser.parse_args(argv)
-
-
-def resolve(args):
-    """Command line -> settings: the data set's recipe, under a resumed run's settings, under the flags given.
-
-    Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
-    flags that contradict each other or the run to resume, or that would have no effect.
-    """
-    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    saved = read_run(given)["settings"] if args.resume else {}
-    asked = {**COMMON, **saved, **given}
-    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
-    student = asked.get("student", "")
-    native = timm.get_pretrained_cfg(student).input_size[-1] if timm.is_model(student) else None
-    if asked["data"] == "shapes":
-        recipe = "shapes"
-    else:                                                               # by size: asked for, the student's, the images'
-        recipe = "small" if (asked.get("img_size") or native or min(train[0][0].size)) < 64 else "imagenet"
-    defaults = {**RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"]}
-    settings = argparse.Namespace(**{**vars(args), **defaults, **saved, **given, "recipe": recipe})
-    if "lr" not in {**saved, **given}:
-        settings.lr = defaults["lr"] * settings.batch_size / defaults["batch_size"]
-    if "first" in given or "last" in given:
-        settings.first, settings.last = given.get("first", 0), given.get("last", 0)
-    settings.out = settings.out or f"runs/{settings.method}"
-    settings.variant = settings.variant or METHODS[settings.method].variant
-    settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
-    check(settings, given, saved)
-    return settings, (train, val, classes)
-
-
-LARGE = {"crop_pct", "auto_augment", "color_jitter", "random_erasing", "workers"}       # for images from 64 px
-MAY_CHANGE = {"out", "data", "data_root", "epochs", "workers", "device", "amp", "compile",
-              "snapshot_every"}                                         # between a run and its resumption
-
-
-def check(settings, given, saved):
-    """Raise ValueError for flags that contradict each other or the saved run, or that would have no effect."""
-    method = METHODS[settings.method]
-    idle = {option for other in METHODS.values() for option in other.options()} - method.options()
-    if "beta" not in method.options():
-        idle |= {"first", "last", "student_layers", "teacher_layers"}
-    if not method.needs_teacher:
-        idle |= {"teacher_weights", "teacher_head"}
-        if settings.variant == "plain":
-            idle |= {"teacher", "teacher_kwargs"}
-    if settings.img_size < 64:
-        idle |= LARGE
-    if settings.data != "shapes":
-        idle |= {"train_size", "label_noise"}
-    if idle & {*given}:
-        raise ValueError(f"{flags(idle & {*given})} would have no effect with --method {settings.method} --variant "
-                         f"{settings.variant} on {settings.data} at {settings.img_size} px")
-    if {"student_layers", "teacher_layers"} & {*given} and (
-            {"first", "last"} & {*given} or None in (settings.student_layers, settings.teacher_layers)):
-        raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
-    changed = {key for key in saved if key not in MAY_CHANGE and saved[key] != getattr(settings, key)}
-    if changed:
-        differences = (f"{flags([key])} {saved[key]}, not {getattr(settings, key)}" for key in sorted(changed))
-        raise ValueError(f"the run in {settings.out} was made with {', '.join(differences)}: leave these as they were or "
-                         f"choose another --out")
-    writes = not (settings.dry_run or settings.bench)
-    if writes and (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite):
-        raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose "
-                         f"another --out")
-
-
-def flags(names):
-    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-
-
-def read_run(given):
-    out = Path(given.get("out") or f"runs/{given.get('method', COMMON['method'])}")
-    # Without a log the run ended before its first checkpoint, and goes on from the start.
-    if not (out / "config.json").exists() or (out / "log.jsonl").exists() and not (out / "last.pt").exists():
-        raise ValueError(f"{out} holds no run to resume (config.json and last.pt): give its folder with --out")
-    return json.loads((out / "config.json").read_text())
-
-
-# ----------------------------------------------------------------------------------------------------
-# Building
-
-
-def build(settings, classes):
-    """Settings -> HookedModel teacher (None if the method wants none), Distiller, and the mean and std of its images."""
-    kind = METHODS[settings.method]
-    options = {key: value for key, value in vars(settings).items() if key in kind.options() and value is not None}
-    common = dict(num_classes=classes, img_size=settings.img_size)
-    weights = settings.teacher_weights
-    if weights == RECIPES["shapes"]["teacher_weights"]:                 # the embedded one, from any working folder
-        weights = HERE / weights
-    teacher = None
-    if kind.needs_teacher and not weights:
-        check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
-    if kind.needs_teacher or settings.variant != "plain":
-        known = kind.needs_teacher and not settings.dry_run and not settings.bench      # else only its width matters
-        teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
-                              pretrained=known and not weights, weights=weights if known else None,
-                              random_head=settings.teacher_head == "random")
-    width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
-    student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width,
-                          **settings.student_kwargs or {})
-
-    layers_s = layers_t = []
-    if options.get("beta"):
-        layers_s, layers_t = settings.student_layers, settings.teacher_layers
-        if layers_s is None:
-            first, last = (getattr(kind, end) if getattr(settings, end) is None else getattr(settings, end)
-                           for end in ("first", "last"))
-            layers_s, layers_t = ([of[i] for i in choose_layers(first, last, len(of))]
-                                  for of in map(stages, (student, teacher)))
-        for layers in (layers_s, layers_t):
-            if layers != sorted(set(layers)):
-                raise ValueError(f"layers {layers} must ascend without repeats: they are paired in order")
-        if len(layers_s) != len(layers_t) or not layers_s:
-            raise ValueError(f"student layers {layers_s} and teacher layers {layers_t} cannot be paired: give as many of "
-                             f"each, and at least one (or --beta 0)")
-
-    statistics = resolve_data_config(pretrained_cfg=student.pretrained_cfg)
-    statistics = dict(mean=statistics["mean"], std=statistics["std"])   # images arrive as the student wants them
-    hooked_s, hooked_t = HookedModel(student, layers_s), None
-    if kind.needs_teacher:
-        hooked_t = HookedModel(teacher, layers_t, **statistics).eval().requires_grad_(False)
-        options["channels"] = [(student.feature_info[s]["num_chs"], teacher.feature_info[t]["num_chs"])
-                               for s, t in zip(layers_s, layers_t)]
-    return hooked_t, Distiller(hooked_s, kind(**options)), statistics
-
-
-@torch.no_grad()
-def describe(settings, teacher, distiller, train, val, classes):
-    """What --dry-run prints and config.json keeps. One forward pass of zeros finds grids that do not fit."""
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    images, labels = torch.zeros(2, 3, settings.img_size, settings.img_size), torch.zeros(2, dtype=torch.long)
-    taught = teacher(images) if teacher else (None, ())
-    logits, maps = distiller.eval().student(images)
-    distiller.method(labels, logits, maps, *taught)
-    return {
-        "settings": {key: value for key, value in vars(settings).items()
-                     if key not in ("resume", "overwrite", "dry_run", "bench")},
-        "parameters": {"student": count(distiller.student), "method": count(distiller.method),
-                       "teacher": count(teacher) if teacher else 0},
-        "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
-        "maps": {"student": [list(A.shape[1:]) for A in maps], "teacher": [list(A.shape[1:]) for A in taught[1]]},
-        "images": {"train": len(train), "val": len(val), "classes": classes},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "commit": _git_commit(),
-        "command": " ".join(sys.argv),
-    }
-
-
-def summary(description):
-    """The head of a run: what learns from what."""
-    settings, layers = description["settings"], description["layers"]
-    sizes = {who: f"{count / 1e6:.2f} M" for who, count in description["parameters"].items()}
-    taught = f" <- {settings['teacher']} ({sizes['teacher']})" if description["parameters"]["teacher"] else ""
-    return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student "
-            f"layers {layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder {settings['out']}")
-
-
-def _git_commit():
-    with contextlib.suppress(OSError):
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
-
-
-# ----------------------------------------------------------------------------------------------------
-# Evaluation and files
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")                               # its batches and mode would compile anew
-def evaluate(model, loader, batches, autocast):
-    """Top-1 and top-5 accuracy in %, over all processes, every validation image counted once."""
-    model.eval()
-    device = next(model.parameters()).device
-    hits = torch.zeros(3, dtype=torch.int64, device=device)             # in the top 1, in the top 5, seen
-    for images, labels in loader.load(batches):
-        with autocast():
-            logits, _ = model(images)
-        found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.ones_like(labels).sum()])
-    if dist.is_initialized():
-        dist.all_reduce(hits)
-    top1, top5, seen = hits.tolist()
-    return 100 * top1 / seen, 100 * top5 / seen
-
-
-def load_state(path, distiller):
-    """Read last.pt, load the distiller from it, and return the rest for `train`."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        distiller.load_state_dict(state["distiller"])
-        return {key: state[key] for key in ("optimizer", "ema", "step", "log", "rows")}
-    except Exception as error:                                          # cut short, foreign, or a pickle with code in it
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ValueError(f"cannot resume from {path}, which is damaged or not a checkpoint of this run ({reason}): restore "
-                         f"it, or start again with --overwrite") from error
-
-
-def write(path, save):
-    """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        save(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:                            # torch.save has the latter for a full disk
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is unharmed: "
-                      f"make room, then --resume") from error
-
-
-def write_log(out, log):
-    write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-
-
-def write_weights(out, model, log, snapshot_every):
-    """best.pt if the last epoch beats all former ones, epoch_NNNN.pt after every `snapshot_every` epochs."""
-    *former, last = log
-    weights = {"model": model.state_dict(), "epoch": last["epoch"], "top1": last["top1"]}
-    if last["top1"] > max((line["top1"] for line in former), default=-1):
-        write(out / "best.pt", partial(torch.save, weights))
-    if len(log) % snapshot_every == 0:
-        write(out / f"epoch_{len(log):04d}.pt", partial(torch.save, weights))
-
-
-def draw_curves(log, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    epochs = [record["epoch"] + 1 for record in log]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for term, style in zip(log[0]["terms"], ("-", "--", ":")):
-        left.plot(epochs, [record["terms"][term] for record in log], style, label=term)
-    right.plot(epochs, [record["top1"] for record in log], "-", label="student")
-    right.plot(epochs, [record["ema_top1"] for record in log], "--", label="its EMA")
-    left.set(xlabel="epoch", ylabel="weighted loss term", yscale="log")
-    right.set(xlabel="epoch", ylabel="validation top-1 (%)")
-    left.legend(), right.legend()
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
-
-
-def report(log, epochs):
-    """One line an epoch, with the time that the rest will take."""
-    record = log[-1]
-    left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log)) / 60
-    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
-    print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  EMA "
-          f"{record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left:.1f} min left", flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The loop
-
-
-def prepare(settings, teacher, distiller, world):
-    """-> update(stream), which trains on the stream's next global batch; optimizer; EMA; the autocasts of both models."""
-    student, device = distiller.student, next(distiller.parameters()).device
-    teacher_autocast, student_autocast = autocasts = [
-        partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in (who, "both"))
-        for who in ("teacher", "student")]
-    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    ema = ModelEmaV3(student, decay=settings.ema_decay)
-    for model in filter(None, (teacher, student) if settings.compile else ()):
-        model.compile(fullgraph=True, dynamic=False)                    # in place, after the EMA's copy
-    ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
-
-    def update(stream):
-        """One optimizer step -> the names of the loss terms and their means [terms], still on the device."""
-        means = 0
-        for micro in range(settings.accum):
-            images, labels = next(stream)
-            with torch.no_grad(), teacher_autocast():
-                taught = teacher(images) if teacher else None
-            last = micro == settings.accum - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with student_autocast():
-                    _, terms = ddp(images, labels, taught)              # the loop never asks which method runs
-                (sum(terms.values()) / settings.accum).backward()
-            means += torch.stack([*terms.values()]).detach() / settings.accum
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(student)
-        return [*terms], means
-
-    return update, optimizer, ema, autocasts
-
-
-def train(settings, teacher, distiller, state, loaders, sizes, rank, world):
+def train(run, loaders, sizes, state):
+    """Train to the last epoch from `state`, what last.pt held, or from the start; write the run's folder."""
+    settings, out = run.settings, Path(run.settings.out)
     (train_loader, val_loader), (train_size, val_size) = loaders, sizes
-    student, device, out = distiller.student, next(distiller.parameters()).device, Path(settings.out)
     steps = train_size // settings.batch_size                           # updates in an epoch
-    val_batches = data.evaluation_batches(val_size, 250, rank=rank, world=world)
-
-    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
-    scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
+    scheduler, _ = create_scheduler_v2(run.optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
                                        warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
                                        step_on_epochs=False, updates_per_epoch=steps)
     step, log, rows = 0, [], None                                       # rows: the loss terms of the epoch's updates
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        ema.module.load_state_dict(state["ema"])
-        step, log, rows = state["step"], state["log"], state["rows"].to(device)
-    stop = Stop(world)
-
-    def save():                                                         # what last.pt does not hold is made again
-        state = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.module.state_dict(),
-                 "step": step, "log": log, "rows": rows}
-        write(out / "last.pt", partial(torch.save, state))
-        write_log(out, log)
-
-    if teacher:
-        top1, top5 = evaluate(teacher, val_loader, val_batches, teacher_autocast)
-        if rank == 0:
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.ema.module.load_state_dict(state["ema"])
+        step, log, rows = state["step"], state["log"], state["rows"].to(run.device)
+    stop = Stop(run.world)
+    if run.teacher:
+        top1, top5 = evaluate(run, run.teacher, val_loader, val_size, run.teacher_autocast)
+        if run.rank == 0:
             print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
 
     for epoch in range(step // steps, settings.epochs):
         start, looked, began = step % steps, step % steps, time.time()
         batches = data.training_batches(train_size, settings.batch_size, seed=settings.seed, epoch=epoch, start=start,
-                                        repeats=settings.repeats, accum=settings.accum, rank=rank, world=world)
+                                        repeats=settings.repeats, accum=settings.accum, rank=run.rank, world=run.world)
         stream = train_loader.load(batches, epoch)
-        distiller.train()
-        for i in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None):
+        run.distiller.train()
+        for i in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=run.rank > 0 or None):
             scheduler.step_update(step)
-            torch.manual_seed(data.seed_of(settings.seed, step, rank))  # of drop-path and the like: differs by rank
-            names, means = update(stream)
-            rows = torch.zeros(steps, len(names), device=device) if rows is None else rows
+            torch.manual_seed(data.seed_of(settings.seed, step, run.rank))      # of drop-path: differs by rank
+            names, means = update(run, stream, step)
+            rows = torch.zeros(steps, len(names), device=run.device) if rows is None else rows
             rows[i] = means
             step += 1
             stopped = stop.asked()
             if stopped or i + 1 - looked == 50 or i + 1 == steps:       # the only moment that waits for the device
-                check_finite(rows[looked:i + 1], names, step - (i + 1 - looked), world)
+                check_finite(rows[looked:i + 1], names, step - (i + 1 - looked), run.world)
                 looked = i + 1
             if stopped and looked < steps:
-                if rank == 0:
-                    save()
-                    print(f"stopped by {signal.Signals(stopped).name} after step {step}: saved {out / 'last.pt'}; go on "
-                          f"with --resume --out {out}", flush=True)
+                if run.rank == 0:
+                    save(run, step, log, rows)
+                    print(f"stopped by {signal.Signals(stopped).name} after step {step}: saved {out / 'last.pt'}; go "
+                          f"on with --resume --out {out}", flush=True)
                 sys.exit(128 + stopped)
 
         seconds, means = time.time() - began, rows.mean(0).tolist()
-        top1, top5 = evaluate(student, val_loader, val_batches, student_autocast)
-        ema_top1, ema_top5 = evaluate(ema.module, val_loader, val_batches, student_autocast)
-        log.append({"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"], "loss": sum(means),
+        top1, top5 = evaluate(run, run.student, val_loader, val_size, run.student_autocast)
+        ema_top1, ema_top5 = evaluate(run, run.ema.module, val_loader, val_size, run.student_autocast)
+        log.append({"epoch": epoch, "step": step, "lr": run.optimizer.param_groups[0]["lr"], "loss": sum(means),
                     "terms": dict(zip(names, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1,
                     "ema_top5": ema_top5, "images_per_s": (steps - start) * settings.batch_size / seconds,
                     "seconds": time.time() - began})
-        if rank == 0:
+        if run.rank == 0:
             report(log, settings.epochs)
-            write_weights(out, student.model, log, settings.snapshot_every)
-            save()
-    if rank == 0:
-        write_log(out, log)                                             # had a run been killed within its last `save`
-        weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
-        write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
-        write(out / "curves.png", partial(draw_curves, log))
-        print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+            write_weights(out, run.student.model, log, settings.snapshot_every)
+            save(run, step, log, rows)
+    if run.rank == 0:
+        finish(run, log)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")                               # its batches and mode would compile anew
+def evaluate(run, model, loader, size, autocast):
+    """Top-1 and top-5 accuracy in %, over all processes, every one of `size` validation images counted once."""
+    model.eval()
+    hits = torch.zeros(3, dtype=torch.int64, device=run.device)         # in the top 1, in the top 5, seen
+    for images, labels in loader.load(data.evaluation_batches(size, 250, rank=run.rank, world=run.world)):
+        with autocast():
+            logits, _ = model(images)
+        found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.ones_like(labels).sum()])
+    if run.world > 1:
+        dist.all_reduce(hits)
+    top1, top5, seen = hits.tolist()
+    return 100 * top1 / seen, 100 * top5 / seen
 
 
 class Stop:
@@ -544,18 +183,250 @@ def check_finite(rows, names, since, world):
         rows /= world
     bad = (~rows.isfinite()).nonzero()
     if len(bad):
-        update, term = bad[0].tolist()
-        fail(f"loss term {names[term]!r} is {rows[update, term].item()} at step {since + update}; the checkpoint of the "
-             f"last epoch is unharmed; try a lower --lr, a lower --beta or --amp off", status=1)
+        number, term = bad[0].tolist()
+        fail(f"loss term {names[term]!r} is {rows[number, term].item()} at step {since + number}; the checkpoint of "
+             f"the last epoch is unharmed; try a lower --lr, a lower --beta or --amp off", status=1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Building
+
+
+def build(settings, classes):
+    """Settings -> HookedModel teacher (or None), Distiller, mean and std that its images are normalised with."""
+    kind = METHODS[settings.method]
+    options = {name: getattr(settings, name) for name in kind.options()}
+    common = dict(num_classes=classes, img_size=settings.img_size)
+    weights = settings.teacher_weights
+    if weights == RECIPES["shapes"]["teacher_weights"]:                 # the embedded one, from any working folder
+        weights = HERE / weights
+    teacher = None
+    if kind.needs_teacher and not weights:
+        check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
+    if kind.needs_teacher or settings.variant != "plain":
+        known = kind.needs_teacher and not settings.dry_run and not settings.bench      # else only its width matters
+        teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
+                              pretrained=known and not weights, weights=weights if known else None,
+                              random_head=settings.teacher_head == "random")
+    width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
+    student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width,
+                          **settings.student_kwargs or {})
+
+    layers_s, layers_t = pair_layers(settings, student, teacher) if options.get("beta") else ([], [])
+    statistics = resolve_data_config(pretrained_cfg=student.pretrained_cfg)
+    statistics = dict(mean=statistics["mean"], std=statistics["std"])   # images arrive as the student wants them
+    hooked_s, hooked_t = HookedModel(student, layers_s), None
+    if kind.needs_teacher:
+        hooked_t = HookedModel(teacher, layers_t, **statistics).eval().requires_grad_(False)
+        options["channels"] = [(student.feature_info[s]["num_chs"], teacher.feature_info[t]["num_chs"])
+                               for s, t in zip(layers_s, layers_t)]
+    return hooked_t, Distiller(hooked_s, kind(**options)), statistics
+
+
+def pair_layers(settings, student, teacher):
+    """The layers to align, student's and teacher's, as timm's feature_info counts them (from 0)."""
+    layers_s, layers_t = settings.student_layers, settings.teacher_layers
+    if layers_s is None:
+        kind = METHODS[settings.method]
+        first = kind.first if settings.first is None else settings.first
+        last = kind.last if settings.last is None else settings.last
+        layers_s, layers_t = ([layers[i] for i in choose_layers(first, last, len(layers))]
+                              for layers in map(stages, (student, teacher)))
+    for layers in (layers_s, layers_t):
+        if layers != sorted(set(layers)):
+            raise ValueError(f"layers {layers} must ascend without repeats: they are paired in order")
+    if len(layers_s) != len(layers_t) or not layers_s:
+        raise ValueError(f"student layers {layers_s} and teacher layers {layers_t} cannot be paired: give as many of "
+                         f"each, and at least one (or --beta 0)")
+    return layers_s, layers_t
+
+
+def prepare(settings, teacher, distiller, rank=0, world=1):
+    """All that an update needs, under the names that the loop uses."""
+    student, device = distiller.student, next(distiller.parameters()).device
+    teacher_autocast, student_autocast = (
+        partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in (who, "both"))
+        for who in ("teacher", "student"))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    ema = ModelEmaV3(student, decay=settings.ema_decay)
+    for model in filter(None, (teacher, student) if settings.compile else ()):
+        model.compile(fullgraph=True, dynamic=False)                    # in place, after the EMA's copy
+    ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
+    return SimpleNamespace(settings=settings, teacher=teacher, distiller=distiller, student=student, ddp=ddp, ema=ema,
+                           optimizer=optimizer, teacher_autocast=teacher_autocast, student_autocast=student_autocast,
+                           device=device, rank=rank, world=world)
+
+
+@torch.no_grad()
+def describe(settings, teacher, distiller, train, val, classes):
+    """What --dry-run prints and config.json keeps. One forward pass of zeros finds grids that do not fit."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    images, labels = torch.zeros(2, 3, settings.img_size, settings.img_size), torch.zeros(2, dtype=torch.long)
+    taught = teacher(images) if teacher else (None, ())
+    logits, maps = distiller.eval().student(images)
+    distiller.method(labels, logits, maps, *taught)
+    return {
+        "settings": {key: value for key, value in vars(settings).items() if key not in ACTIONS},
+        "parameters": {"student": count(distiller.student), "method": count(distiller.method),
+                       "teacher": count(teacher) if teacher else 0},
+        "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
+        "maps": {"student": [list(A.shape[1:]) for A in maps], "teacher": [list(A.shape[1:]) for A in taught[1]]},
+        "images": {"train": len(train), "val": len(val), "classes": classes},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "commit": _git_commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def summary(description):
+    """The head of a run: what learns from what."""
+    settings, layers = description["settings"], description["layers"]
+    sizes = {who: f"{count / 1e6:.2f} M" for who, count in description["parameters"].items()}
+    taught = f" <- {settings['teacher']} ({sizes['teacher']})" if description["parameters"]["teacher"] else ""
+    return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student "
+            f"layers {layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder "
+            f"{settings['out']}")
+
+
+def _git_commit():
+    with contextlib.suppress(OSError):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(path, save):
+    """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                            # torch.save has the latter for a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); what stood there before is "
+                      f"unharmed: make room, then --resume") from error
+
+
+def write_text(path, text):
+    write(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def save(run, step, log, rows):
+    """last.pt and log.jsonl. What the former does not hold is made again from the settings."""
+    state = {"distiller": run.distiller.state_dict(), "optimizer": run.optimizer.state_dict(),
+             "ema": run.ema.module.state_dict(), "step": step, "log": log, "rows": rows}
+    out = Path(run.settings.out)
+    write(out / "last.pt", partial(torch.save, state))
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+
+def load_state(path, distiller):
+    """Read last.pt, load the distiller from it, and return the rest for `train`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        distiller.load_state_dict(state["distiller"])
+        return {key: state[key] for key in ("optimizer", "ema", "step", "log", "rows")}
+    except Exception as error:                                          # cut short, foreign, or a pickle with code
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"cannot resume from {path}, which is damaged or not a checkpoint of this run ({reason}): "
+                         f"restore it, or start again with --overwrite") from error
+
+
+def write_weights(out, model, log, snapshot_every):
+    """best.pt if the last epoch beats all former ones, epoch_NNNN.pt after every `snapshot_every` epochs."""
+    *former, last = log
+    weights = {"model": model.state_dict(), "epoch": last["epoch"], "top1": last["top1"]}
+    if last["top1"] > max((line["top1"] for line in former), default=-1):
+        write(out / "best.pt", partial(torch.save, weights))
+    if len(log) % snapshot_every == 0:
+        write(out / f"epoch_{len(log):04d}.pt", partial(torch.save, weights))
+
+
+def report(log, epochs):
+    """One line an epoch, with the time that the rest will take."""
+    record = log[-1]
+    left = np.mean([line["seconds"] for line in log[-5:]]) * (epochs - len(log)) / 60
+    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
+    print(f"epoch {len(log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  EMA "
+          f"{record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left:.1f} min left", flush=True)
+
+
+def finish(run, log):
+    """What a run leaves at its end: the log, the student as timm loads it, the curves."""
+    out = Path(run.settings.out)
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))     # if the last save was cut short
+    weights = {key: value.contiguous() for key, value in run.student.model.state_dict().items()}
+    write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
+    write(out / "curves.png", partial(draw_curves, log))
+    print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+
+
+def draw_curves(log, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+    epochs = [record["epoch"] + 1 for record in log]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for term, style in zip(log[0]["terms"], itertools.cycle(("-", "--", ":", "-."))):
+        left.plot(epochs, [record["terms"][term] for record in log], style, label=term)
+    right.plot(epochs, [record["top1"] for record in log], "-", label="student")
+    right.plot(epochs, [record["ema_top1"] for record in log], "--", label="its EMA")
+    left.set(ylabel="weighted loss term", yscale="log")
+    right.set(ylabel="validation top-1 (%)")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------
 # The bench
 
 
-def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
-    """Where an update's time goes: median ms of the step and its parts on images in memory, then the real loader."""
-    device = next(distiller.parameters()).device
+def bench(run, loaders, sizes, classes):
+    """Median ms of an update and its parts on images in memory, then of what it waits for the real loader.
+
+    The floor is what no KD training can do without: the teacher's forward, the student's forward and backward pass,
+    one optimizer step.
+    """
+    settings, device, accum = run.settings, run.device, run.settings.accum
+    size = settings.batch_size // run.world // accum
+    images = torch.randn(size, 3, settings.img_size, settings.img_size, device=device)
+    labels = torch.randint(classes, (size,), device=device)
+    memory = itertools.repeat((images, labels))
+
+    @torch.no_grad()
+    def teach():
+        with run.teacher_autocast():
+            return run.teacher(images) if run.teacher else ()
+
+    def study():
+        with run.student_autocast():
+            logits, maps = run.student(images)
+        F.cross_entropy(logits, labels).backward()
+        return logits, maps
+
+    taught, (logits, maps) = teach(), study()
+    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
+
+    def compare():
+        with run.student_autocast():
+            terms = run.distiller.method(labels, logits, maps, *taught)
+        sum(terms.values()).backward()
+
+    def floor():
+        for _ in range(accum):
+            teach()
+            study()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
 
     def timed(work, times=1):
         began = time.perf_counter()
@@ -565,113 +436,267 @@ def bench(settings, teacher, distiller, classes, loaders, sizes, rank, world):
             torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - began)
 
-    update, parts, peak = bench_parts(settings, teacher, distiller, classes, world)
-    times = [{part: timed(work) for part, work in parts.items()}        # in turn: a drift of the machine meets all
+    parts = {"step": (lambda: update(run, memory, 0), 1), "floor": (floor, 1), "teacher": (teach, accum),
+             "student": (study, accum), "losses": (compare, accum)}
+    times = [{part: timed(*work) for part, work in parts.items()}       # in turn: a drift of the machine meets all
              for _ in range(settings.bench + 1)][1:]                    # the first warms up
     ms = {part: float(np.median([time[part] for time in times])) for part in parts}
-
-    real = (batch for epoch in itertools.count() for batch in loaders[0].load(data.training_batches(
-        sizes[0], settings.batch_size, seed=settings.seed, epoch=epoch, accum=settings.accum, repeats=settings.repeats,
-        rank=rank, world=world), epoch))
-    waits = []
-
-    def watched():
-        while True:
-            began = time.perf_counter()
-            batch = next(real)
-            waits.append(1000 * (time.perf_counter() - began))
-            yield batch
-
-    stream = watched()
-    update(stream), waits.clear()                                       # the first starts the workers
-    loop = timed(lambda: update(stream), settings.bench) / settings.bench
-    ms["data"] = sum(waits) / settings.bench
-    if rank == 0:
-        report_bench(settings, ms, loop, peak, sizes[0], world, device)
+    keys = data.training_batches(sizes[0], settings.batch_size, seed=0, epoch=0, repeats=settings.repeats, accum=accum,
+                                 rank=run.rank, world=run.world)
+    real = itertools.chain.from_iterable(loaders[0].load(keys, epoch) for epoch in itertools.count())
+    waits, updates = [], []
+    for _ in range(settings.bench + 1):
+        fetched = []
+        waits.append(timed(lambda: fetched.append(next(real)), accum))
+        updates.append(timed(lambda: update(run, iter(fetched), 0)))
+    ms["loader"] = float(np.mean(waits[1:]))                            # the first starts the workers
+    if run.rank == 0:
+        report_bench(run, ms, ms["loader"] + np.mean(updates[1:]), sizes[0])
 
 
-def bench_parts(settings, teacher, distiller, classes, world):
-    """-> update(stream), {part: function that does it once, for a whole batch in memory}, peak memory in bytes.
-
-    The floor is what no KD training can do without: the teacher's forward, the student's forward and backward pass
-    (both without hooks), one optimizer step. With --amp or --compile, `plain` is the step without either.
-    """
-    device = next(distiller.parameters()).device
-    update, optimizer, ema, (teacher_autocast, student_autocast) = prepare(settings, teacher, distiller, world)
-    size = settings.batch_size // world // settings.accum
-    images = torch.randn(size, 3, settings.img_size, settings.img_size, device=device)
-    labels = torch.randint(classes, (size,), device=device)
-    memory = itertools.repeat((images, labels))
-    for _ in range(3):                                                  # before the floor's models add to the memory
-        update(memory)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-    bare = argparse.Namespace(**{**vars(settings), "method": "soft" if teacher else "none"})
-    bare_teacher, bare_distiller, _ = build(bare, classes)
-    bare_teacher = bare_teacher and bare_teacher.to(device)
-    _, bare_optimizer, _, _ = prepare(bare, bare_teacher, bare_distiller.to(device), 1)
-
-    @torch.no_grad()
-    def teach(model):
-        with teacher_autocast():
-            return model(images) if model else ()
-
-    def study(model):
-        with student_autocast():
-            logits, maps = model(images)
-        F.cross_entropy(logits, labels).backward()
-        return logits, maps
-
-    def step(optimizer):
-        optimizer.step()
-        optimizer.zero_grad()
-
-    taught, (logits, maps) = teach(teacher), study(distiller.student)
-    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
-
-    def compare():
-        with student_autocast():
-            terms = distiller.method(labels, logits, maps, *taught)
-        sum(terms.values()).backward()
-
-    def micro(work):                                                    # as often as an update has micro-batches
-        for _ in range(settings.accum):
-            work()
-
-    parts = {"step": lambda: update(memory),
-             "floor": lambda: (micro(lambda: (teach(bare_teacher), study(bare_distiller.student))), step(bare_optimizer)),
-             "teacher": lambda: micro(lambda: teach(teacher)),
-             "student": lambda: micro(lambda: study(distiller.student)),
-             "losses": lambda: micro(compare),
-             "optimizer": lambda: (step(optimizer), ema.update(distiller.student))}
-    if settings.amp != "off" or settings.compile:
-        plain = argparse.Namespace(**{**vars(settings), "amp": "off", "compile": False})
-        plain_update = torch.compiler.set_stance("force_eager")(prepare(plain, teacher, distiller, world)[0])
-        parts["plain"] = lambda: plain_update(memory)
-    return update, parts, peak
-
-
-def report_bench(settings, ms, loop, peak, train_size, world, device):
-    hours = loop / 3.6e6 * (train_size // settings.batch_size) * settings.epochs
-    duration = lambda hours: (f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours" if hours > 2 else
-                              f"{60 * hours:.1f} minutes")
+def report_bench(run, ms, loop, train_size):
+    """A table for people and a line of JSON for results/speed.jsonl. `loop`: ms of an update with the real loader."""
+    settings = run.settings
+    minutes = loop / 6e4 * (train_size // settings.batch_size) * settings.epochs
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
               "step_to_floor": round(ms["step"] / ms["floor"], 3),
-              "plain_to_step": round(ms.get("plain", ms["step"]) / ms["step"], 3),
               "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
-              "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": round(peak / 1e9, 2),
-              "training_hours": round(hours, 5), "updates": settings.bench, "batch_size": settings.batch_size,
-              "img_size": settings.img_size, "amp": settings.amp, "compile": settings.compile, "processes": world,
-              "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu("model name")}
+              "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": peak_memory(run.device),
+              "training_hours": round(minutes / 60, 5),
+              **{key: getattr(settings, key) for key in ("bench", "batch_size", "img_size", "amp", "compile")},
+              "processes": run.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if run.device.type == "cuda" else cpu("model name")}
     print(f"{'':10s}{'ms':>10s}   of the step")
     for part, value in ms.items():
         print(f"{part:10s}{value:10.2f}{value / ms['step']:10.1%}")
-    print(f"step / floor {result['step_to_floor']}; {result['images_per_s_in_memory']} images/s in memory, "
-          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB\n{settings.epochs} epochs of "
-          f"{train_size:,} images: {duration(hours)} on this machine, {duration(hours / 8)} on 8 like it, without validation")
-    print(json.dumps(result), flush=True)
+    print(f"step / floor {result['step_to_floor']}; images/s: {result['images_per_s_in_memory']} in memory, "
+          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB")
+    print(f"{settings.epochs} epochs of {train_size:,} images: {minutes:.1f} minutes = {minutes / 1440:.2f} days here, "
+          f"without validation\n{json.dumps(result)}", flush=True)
+
+
+def peak_memory(device):
+    """GB: of the device if it keeps count, else of the process; None where neither is known (Windows)."""
+    with contextlib.suppress(ImportError):
+        if device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Settings and flags: each in one row; those of the objectives are the constructors' arguments in losses.py
+
+
+def number(kind, low, high):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT, LAYERS, NUMBER = number(int, 1, 10 ** 9), number(int, 0, 10 ** 4), number(int, 0, 2 ** 31)
+SHARE, WEIGHT, POSITIVE = number(float, 0, 1), number(float, 0, 1e9), number(float, 1e-12, 1e9)
+RECIPE = object()                                                       # the default: that of RECIPES
+
+
+class Setting(NamedTuple):
+    name: str
+    kind: object                # a type, choices, bool for a switch, ParseKwargs, or [type] for a list
+    default: object
+    help: str
+    when: str = ""              # it has an effect: "with a teacher", "with features", "from 64 px", "with shapes"
+    free: bool = False          # --resume may change it
+    const: object = None        # the value of the bare flag
+
+
+SETTINGS = {
+    "what is distilled into what": [
+        Setting("method", METHODS, "spectral", "objective"),
+        Setting("student", str, RECIPE, "timm model"),
+        Setting("variant", VARIANTS, None, "of the student (default: the method's own)"),
+        Setting("student_kwargs", ParseKwargs, None, "for timm: embed_dim=219 num_heads=3 is EM's UniformWide control"),
+        Setting("teacher", str, RECIPE, "timm model", "with a teacher or its width"),
+        Setting("teacher_kwargs", ParseKwargs, None, "for timm", "with a teacher or its width"),
+        Setting("teacher_weights", str, RECIPE, "a .safetensors, .pt or .pth file; else timm's pretrained",
+                "with a teacher"),
+        Setting("teacher_head", ("pretrained", "random"), "pretrained",
+                "random: a teacher without a classifier for this data (DD Table 2)", "with a teacher"),
+        Setting("first", LAYERS, None, "align the first X layers (default: the method's own)", "with features"),
+        Setting("last", LAYERS, None, "align the last Y; if only one of both is given the other is 0", "with features"),
+        Setting("student_layers", [int], None, "explicit, ascending, timm's indices from 0", "with features"),
+        Setting("teacher_layers", [int], None, "as many of the teacher's", "with features")],
+    "data": [
+        Setting("data", str, "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME", free=True),
+        Setting("data_root", str, "data", "where torch/ and hfds/ sets are kept", free=True),
+        Setting("train_size", COUNT, 4000, "training images to draw", "with shapes"),
+        Setting("label_noise", SHARE, 0.2, "share of the training labels that are drawn at random", "with shapes"),
+        Setting("img_size", COUNT, RECIPE, "px; else the student's own"),
+        Setting("repeats", COUNT, RECIPE, "repeated augmentation: times each image comes in its batch"),
+        Setting("auto_augment", str, "rand-m9-mstd0.5-inc1", "timm's RandAugment, or none", "from 64 px"),
+        Setting("color_jitter", WEIGHT, 0.4, "strength", "from 64 px"),
+        Setting("random_erasing", SHARE, 0.25, "probability", "from 64 px"),
+        Setting("crop_pct", number(float, 0.01, 1), 0.875, "evaluation crop", "from 64 px"),
+        Setting("skip_bad_images", bool, False, "let the next image stand in for one that cannot be read"),
+        Setting("workers", NUMBER, 2, "data processes of each process", "from 64 px", free=True)],
+    "training": [
+        Setting("epochs", COUNT, RECIPE, "whole", free=True),
+        Setting("batch_size", COUNT, RECIPE, "global: over all processes and accumulation steps"),
+        Setting("accum", COUNT, 1, "gradient accumulation steps"),
+        Setting("lr", POSITIVE, RECIPE, "peak; the default scales linearly with the batch"),
+        Setting("min_lr", WEIGHT, 1e-5, "at the end of the cosine"),
+        Setting("warmup_lr", WEIGHT, 1e-6, "at the start"),
+        Setting("warmup_epochs", WEIGHT, RECIPE, "of linear warm-up"),
+        Setting("weight_decay", WEIGHT, 0.05, "AdamW's"),
+        Setting("ema_decay", SHARE, RECIPE, "of the averaged student that is evaluated beside the student"),
+        Setting("seed", NUMBER, 0, "of all that is drawn")],
+    "the run": [
+        Setting("out", str, None, "folder (default: runs/METHOD)", free=True),
+        Setting("resume", bool, False, "go on with the run in --out, with its settings"),
+        Setting("overwrite", bool, False, "replace the run in --out"),
+        Setting("snapshot_every", COUNT, None, "epochs between epoch_NNNN.pt (default: a tenth)", free=True),
+        Setting("device", ("cpu", "cuda"), None, "default: cuda if there is one", free=True),
+        Setting("amp", ("off", "teacher", "student", "both"), None, "bfloat16 in one or both (default: both on CUDA, "
+                "and on CPUs with avx512_bf16 or amx_bf16 from 64 px; else off)", free=True, const="both"),
+        Setting("compile", bool, False, "torch.compile student and teacher, a graph each", free=True),
+        Setting("dry_run", bool, False, "build everything with random weights, print it, end"),
+        Setting("bench", COUNT, None, "time N updates (10) with random weights and end", const=10)],
+}
+ROWS = {row.name: row for rows in SETTINGS.values() for row in rows}
+LARGE = {name for name, row in ROWS.items() if row.when == "from 64 px"}
+FREE = {name for name, row in ROWS.items() if row.free}
+ACTIONS = {"resume", "overwrite", "dry_run", "bench"}                   # of this call, not of the run
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message, status=2):
+    """End the program as every bad input does: one line on stderr, once for all processes, and exit status 2."""
+    if int(os.environ.get("RANK", 0)) > 0:                              # all see the same mistake: let the first
+        time.sleep(5)                                                   # speak, whose end makes torchrun stop all
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def parse_args(argv=None):
+    """-> Namespace with None, or False for a switch, for every flag that is not given."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for title, rows in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            group.add_argument(f"--{row.name.replace('_', '-')}", **as_argument(row))
+    group = parser.add_argument_group("objective (DD Eq. 10, 11, 14)")
+    for name in sorted({name for kind in METHODS.values() for name in kind.options()}):
+        takers = {method: kind.options()[name] for method, kind in METHODS.items() if name in kind.options()}
+        default, text = next(iter(takers.values()))
+        takes = argparse.BooleanOptionalAction if isinstance(default, bool) else None
+        text += f" ({', '.join(f'{method} {default}' for method, (default, _) in takers.items())})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"),
+                           **dict(action=takes, default=None) if takes else dict(type=type(default), metavar="VALUE"))
+    return parser.parse_args(argv)
+
+
+def as_argument(row):
+    """A row of the table -> the arguments of argparse's add_argument."""
+    default = row.default
+    if default is RECIPE:
+        values = [recipe[row.name] for recipe in RECIPES.values() if recipe[row.name] is not None]
+        default = f"by recipe: {', '.join(map(str, dict.fromkeys(values)))}"
+    notes = [] if default is None or default is False else [f"default: {default}"]
+    notes += [row.when] if row.when else []
+    notes += ["free to change with --resume"] if row.free else []
+    text = dict(help=(row.help + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%"))
+    if row.kind is bool:
+        return dict(text, action="store_true")
+    if row.kind is ParseKwargs:
+        return dict(text, nargs="+", action=ParseKwargs, metavar="KEY=VALUE")
+    if isinstance(row.kind, list):
+        return dict(text, nargs="+", type=row.kind[0], metavar="L")
+    takes = dict(type=row.kind, metavar=row.kind.__name__.upper()) if callable(row.kind) else dict(choices=row.kind)
+    return dict(text, **takes, **dict(nargs="?", const=row.const) if row.const else {})
+
+
+def resolve(args):
+    """Command line -> settings: the flags given, over a resumed run's settings, the recipe and the table's defaults.
+
+    Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
+    flags that contradict each other or the run to resume, or that would have no effect.
+    """
+    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    saved = read_run(given)["settings"] if args.resume else {}
+    fixed = {name: None if row.default is RECIPE else row.default for name, row in ROWS.items()}
+    asked = {**fixed, **saved, **given}
+    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
+    native = timm.get_pretrained_cfg(asked["student"]).input_size[-1] if timm.is_model(asked["student"] or "") else None
+    if asked["data"] == "shapes":
+        recipe = "shapes"
+    else:                                                               # by size: asked for, the student's, the images'
+        recipe = "small" if (asked["img_size"] or native or min(train[0][0].size)) < 64 else "imagenet"
+    defaults = {**fixed, **RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"]}
+    settings = argparse.Namespace(**{**defaults, **saved, **given, "recipe": recipe})
+    if "lr" not in {**saved, **given}:
+        settings.lr = defaults["lr"] * settings.batch_size / defaults["batch_size"]
+    if ("first" in given or "last" in given) and not saved:
+        settings.first, settings.last = given.get("first", 0), given.get("last", 0)
+    settings.out = settings.out or f"runs/{settings.method}"
+    settings.variant = settings.variant or METHODS[settings.method].variant
+    settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
+    check(settings, given, saved)
+    return with_options(settings), (train, val, classes)
+
+
+def with_options(settings):
+    """Give the method's own settings that are missing: the recipe's default if it has one, else the constructor's."""
+    for name, (default, _) in METHODS[settings.method].options().items():
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, RECIPES[settings.recipe].get(name, default))
+    return settings
+
+
+def check(settings, given, saved):
+    """Raise ValueError for flags that contradict each other or the saved run, or that would have no effect."""
+    method = METHODS[settings.method]
+    effective = {"": True, "with a teacher": method.needs_teacher, "with features": "beta" in method.options(),
+                 "with a teacher or its width": method.needs_teacher or settings.variant != "plain",
+                 "from 64 px": settings.img_size >= 64, "with shapes": settings.data == "shapes"}
+    idle = {name for name in given if not (effective[ROWS[name].when] if name in ROWS else name in method.options())}
+    if idle:
+        raise ValueError(f"{flags(idle)} would have no effect with --method {settings.method} --variant "
+                         f"{settings.variant} on {settings.data} at {settings.img_size} px")
+    if {"student_layers", "teacher_layers"} & {*given} and (
+            {"first", "last"} & {*given} or None in (settings.student_layers, settings.teacher_layers)):
+        raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
+    if settings.resume and settings.overwrite:
+        raise ValueError("--resume goes on with the run in --out and --overwrite replaces it: give one of them")
+    changed = {name for name in {*saved} & {*given} if saved[name] != given[name] and name not in FREE}
+    if changed:
+        differences = (f"{flags([name])} {saved[name]}, not {given[name]}" for name in sorted(changed))
+        raise ValueError(f"the run in {settings.out} was made with {', '.join(differences)}: leave these as they were "
+                         f"or choose another --out")
+    writes = not (settings.dry_run or settings.bench)
+    if writes and (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite):
+        raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose "
+                         f"another --out")
+
+
+def flags(names):
+    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+
+def read_run(given):
+    out = Path(given.get("out") or f"runs/{given.get('method', ROWS['method'].default)}")
+    # Without a log the run ended before its first checkpoint, and goes on from the start.
+    if not (out / "config.json").exists() or (out / "log.jsonl").exists() and not (out / "last.pt").exists():
+        raise ValueError(f"{out} holds no run to resume (config.json and last.pt): give its folder with --out")
+    return read_config(out)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -690,62 +715,78 @@ def main(argv=None):
         settings.amp = settings.amp or default_amp(device, settings.img_size)
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
-        if len(train_set) < settings.batch_size and not settings.dry_run:
-            raise ValueError(f"{len(train_set)} training images do not fill a batch of {settings.batch_size}: lower "
-                             f"--batch-size")
-        if settings.batch_size % (world * settings.accum):
-            raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
-                             f"{settings.accum} accumulation steps: change --batch-size or --accum")
+        check_batch(settings, len(train_set), world)
         description = describe(settings, teacher, distiller, train_set, val_set, classes)
         if rank == 0:
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
-        former = read_run(vars(settings))["images"] if settings.resume else description["images"]
-        if description["images"] != former:
-            raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
-                             f"{description['images']}, the run had {former}")
-        last = Path(settings.out) / "last.pt"
-        state = load_state(last, distiller) if settings.resume and last.exists() else None
+        state = load_run(settings, distiller, description) if settings.resume else None
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, **pipeline,
                                      device=device, seed=settings.seed, repeats=settings.repeats,
                                      skip_bad_images=settings.skip_bad_images)
-        teacher, distiller = teacher and teacher.to(device), distiller.to(device)
+        run = prepare(settings, teacher and teacher.to(device), distiller.to(device), rank, world)
         if settings.bench:
-            return bench(settings, teacher, distiller, classes, loaders, sizes, rank, world)
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-        if not os.access(settings.out, os.W_OK):
-            raise ValueError(f"{settings.out} is not writable: choose another --out")
-        if world > 1:
-            dist.barrier()                                              # all have looked before the first writes
-        if rank == 0:
-            for old in [] if settings.resume else Path(settings.out).glob("*.*"):
-                if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
-                    old.unlink()                                        # of the run that --overwrite replaces
-            write(Path(settings.out) / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
-    except FileExistsError:
-        fail(f"{settings.out} is a file, not a folder: choose another --out")
+            bench(run, loaders, sizes, classes)
+            return
+        open_folder(settings, description, rank, world)
     except (ValueError, OSError) as error:
         fail(error)
     try:
-        train(settings, teacher, distiller, state, loaders, sizes, rank, world)
+        train(run, loaders, sizes, state)
     except data.BadImage as error:                                      # from a data worker with its traceback in front
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
     except OSError as error:
         fail(error, status=1)
 
 
+def check_batch(settings, train_size, world):
+    if train_size < settings.batch_size and not settings.dry_run:
+        raise ValueError(f"{train_size} training images do not fill a batch of {settings.batch_size}: lower "
+                         f"--batch-size")
+    if settings.batch_size % (world * settings.accum):
+        raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
+                         f"{settings.accum} accumulation steps: change --batch-size or --accum")
+
+
+def load_run(settings, distiller, description):
+    """Load the distiller from last.pt -> the rest of it, or None if the run ended before its first checkpoint."""
+    former, last = read_config(settings.out)["images"], Path(settings.out) / "last.pt"
+    if description["images"] != former:
+        raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
+                         f"{description['images']}, the run had {former}")
+    return load_state(last, distiller) if last.exists() else None
+
+
+def open_folder(settings, description, rank, world):
+    """Make the run's folder, clear it of a run that --overwrite replaces, write config.json."""
+    out = Path(settings.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{out} is a file, not a folder: choose another --out") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} is not writable: choose another --out")
+    if world > 1:
+        dist.barrier()                                                  # all have looked before the first writes
+    if rank == 0:
+        for old in [] if settings.resume else out.glob("*.*"):
+            if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
+                old.unlink()
+        write_text(out / "config.json", json.dumps(description, indent=1))
+
+
 def cpu(key):
     """A line of Linux's /proc/cpuinfo, or "" elsewhere."""
     with contextlib.suppress(OSError, IndexError):
-        return Path("/proc/cpuinfo").read_text().split(f"\n{key}")[1].split("\n")[0].strip("\t: ")
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").split(f"\n{key}")[1].split("\n")[0].strip("\t: ")
     return ""
 
 
 def default_amp(device, img_size):
-    """bfloat16 where it was measured to help: on GPUs, and from 64 px on CPUs that compute in it."""
+    """bfloat16 on GPUs that compute in it, and from 64 px on such CPUs, where it was measured to help."""
     native = device.type == "cuda" or {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()} and img_size >= 64
     return "both" if native else "off"
 
@@ -755,8 +796,8 @@ def choose_device(asked, local):
         return torch.device("cpu")
     there, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if wanted > there:
-        raise ValueError(f"{wanted} processes want a CUDA device each and there are {there}: lower --nproc_per_node, or "
-                         f"--device cpu")
+        raise ValueError(f"{wanted} processes want a CUDA device each and there are {there}: lower --nproc_per_node, "
+                         f"or --device cpu")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

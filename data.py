@@ -3,7 +3,11 @@
 What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up
 a global batch on (seed, epoch) alone: not on the number of processes, data workers or former interruptions.
 """
+import multiprocessing
+import os
 import random
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
@@ -34,7 +39,7 @@ def draw_shapes(count, split="train", seed=0):
     table = np.random.default_rng([seed, splits[split], 0])
     pixels = np.random.default_rng([seed, splits[split], 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
-    chunks = [_draw(table.random((len(part), 35), np.float32), pixels.random((len(part), 2, SIZE, SIZE), np.float32), part)
+    chunks = [_draw(table.random((n := len(part), 35), np.float32), pixels.random((n, 2, SIZE, SIZE), np.float32), part)
               for part in np.array_split(labels, max(1, count // 1000))]
     return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
@@ -138,6 +143,11 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0):
     return train, val, len(train.classes)
 
 
+def first_size(dataset, skip_bad=False):
+    """The shorter side in px of the first image."""
+    return min(Samples(dataset, lambda image: image, skip_bad)[0, 0][0].size)
+
+
 def _count_classes(dataset):
     """The class count of a timm data set, from its own list of classes if it has one, else from its labels."""
     names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
@@ -175,29 +185,41 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Loaders: small images as tensors on the device, large ones decoded by workers
+# Loaders: images come to the device as bytes and become numbers there
 
 
-class TensorLoader:
-    """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
+class Loader:
+    """What both kinds of loader share: `normalise`, uint8 [b, 3, S, S] -> float32 of the model's mean and std."""
 
-    def __init__(self, dataset, *, img_size, mean, std, device, seed, repeats, skip_bad):
-        self.images, self.labels = (x.to(device) for x in _as_tensors(dataset, img_size, skip_bad))
+    def __init__(self, mean, std, device, seed):
         self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
         self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
-        self.seed, self.repeats = seed, repeats
+        self.device, self.seed = device, seed
+
+    def normalise(self, images):
+        return images.float().mul_(self.scale).sub_(self.shift)
+
+
+class TensorLoader(Loader):
+    """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
+
+    def __init__(self, dataset, *, img_size, repeats, skip_bad, **common):
+        super().__init__(**common)
+        self.images, self.labels = (x.to(self.device) for x in _as_tensors(dataset, img_size, skip_bad))
+        self.repeats = repeats
 
     def load(self, batches, epoch=None):
         """Yield (images [b, 3, S, S], labels [b]) on the device for batches of keys; augmented if in an `epoch`."""
         if epoch is not None:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
-            draws = torch.rand(len(self.labels), self.repeats, 3, generator=generator).to(self.labels.device)
-        for keys in batches:
-            index, repeat = torch.from_numpy(keys).to(self.labels.device).unbind(1)
+            draws = torch.rand(len(self.labels), self.repeats, 3, generator=generator).to(self.device)
+        sizes = [len(keys) for keys in batches]
+        keys = torch.from_numpy(np.concatenate([np.empty((0, 2), np.int64), *batches])).to(self.device)
+        for index, repeat in (part.unbind(1) for part in keys.split(sizes)):     # one copy an epoch, not one a batch
             images = self.images[index]
             if epoch is not None:
                 images = pad_crop_flip(images, draws[index, repeat])
-            yield images.float().mul_(self.scale).sub_(self.shift), self.labels[index]
+            yield self.normalise(images), self.labels[index]
 
 
 def _as_tensors(dataset, img_size, skip_bad):
@@ -223,25 +245,77 @@ def pad_crop_flip(images, draws, padding=4):
     return F.pad(images, [padding] * 4)[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
 
 
-# At full magnitude timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1.
-for _name in ("Posterize", "PosterizeIncreasing"):
-    auto_augment.LEVEL_TO_ARG[_name] = lambda level, hparams, bits=auto_augment.LEVEL_TO_ARG[_name]: (
-        max(1, bits(level, hparams)[0]),)
+def at_least_one_bit(level_to_arg, level, hparams):
+    """At full magnitude timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1."""
+    return (max(1, level_to_arg(level, hparams)[0]),)
 
 
-class StreamLoader:
-    """Large images, decoded and augmented by worker processes."""
+for _name in ("Posterize", "PosterizeIncreasing"):                      # no lambdas: spawned workers unpickle them
+    auto_augment.LEVEL_TO_ARG[_name] = partial(at_least_one_bit, auto_augment.LEVEL_TO_ARG[_name])
 
-    def __init__(self, dataset, *, train_transform, eval_transform, workers, device, seed, skip_bad):
-        self.dataset, self.transforms, self.skip_bad = dataset, (eval_transform, train_transform), skip_bad
-        self.workers, self.device, self.seed = workers, device, seed
+
+class StreamLoader(Loader):
+    """One half, train or val, of a `Pool` of workers that decode and augment large images."""
+
+    def __init__(self, pool, split, erasing=None, **common):
+        super().__init__(**common)
+        self.pool, self.split, self.erasing = pool, split, erasing
 
     def load(self, batches, epoch=None):
-        """As TensorLoader.load. New workers for each call: nothing of a former epoch can leak into this one."""
-        samples = Samples(self.dataset, self.transforms[epoch is not None], (self.seed, epoch or 0), self.skip_bad)
-        for images, labels in DataLoader(samples, batch_sampler=batches, num_workers=self.workers,
-                                         pin_memory=self.device.type == "cuda"):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        """As TensorLoader.load."""
+        for images, labels, seeds in self.pool.load(self.split, batches, epoch or 0):
+            images = self.normalise(images.to(self.device, non_blocking=True))
+            if self.erasing:
+                self.erase(images, seeds)
+            yield images, labels.to(self.device, non_blocking=True)
+
+    def erase(self, images, seeds):
+        """timm's random erasing, in place, each image by its own seed: the same in any batch."""
+        reseed = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}.get(
+            self.device.type, torch.default_generator.manual_seed)
+        for image, seed in zip(images, seeds.tolist()):
+            random.seed(seed)
+            reseed(seed)
+            self.erasing(image)
+
+
+class Pool:
+    """Worker processes for both halves of the data, started once, at the first batch.
+
+    Keys travel with each batch, so no state of a former epoch can leak into this one. Fork is the cheapest start and
+    safe on Linux, as long as workers leave the accelerator alone; elsewhere, or if asked for, spawn or forkserver.
+    """
+
+    def __init__(self, halves, seed, workers, pin_memory):
+        self.batches = []
+        asked = multiprocessing.get_start_method(allow_none=True)
+        context = asked or ("fork" if sys.platform == "linux" else "spawn")
+        parallel = dict(num_workers=workers, multiprocessing_context=context, persistent_workers=True,
+                        worker_init_fn=own_group) if workers else {}
+        self.loader = DataLoader(Halves(halves, seed), batch_sampler=self.batches, pin_memory=pin_memory, **parallel)
+
+    def load(self, split, batches, epoch):
+        """Yield (uint8 images [b, 3, S, S], labels [b], a seed for each image [b])."""
+        self.batches[:] = [[(split, epoch, *key) for key in keys.tolist()] for keys in batches]
+        return iter(self.loader)
+
+
+def own_group(worker):
+    """Leave the process group: a signal to all of it (Ctrl-C, torchrun) is the main process's to answer."""
+    if hasattr(os, "setpgrp"):                                          # not on Windows
+        os.setpgrp()
+
+
+class Halves(Dataset):
+    """Samples of two data sets by (split, epoch, index, repeat): uint8 image, label, and a seed of its own."""
+
+    def __init__(self, halves, seed):
+        self.halves, self.seed = halves, seed
+
+    def __getitem__(self, key):
+        split, epoch, index, repeat = key
+        seed = seed_of(self.seed, epoch, index, repeat)
+        return *self.halves[split][index, seed], seed
 
 
 class BadImage(ValueError):
@@ -249,27 +323,28 @@ class BadImage(ValueError):
 
 
 class Samples(Dataset):
-    """dataset[index] through a transform whose randomness is seeded by (*seed, index, repeat).
+    """samples[index, seed]: an image through the transform, whose randomness starts from the seed, and its label.
 
     An image that cannot be read raises BadImage, or with `skip_bad` the next one that can be takes its place.
     """
 
-    def __init__(self, dataset, transform, seed=None, skip_bad=False):
-        self.dataset, self.transform, self.seed, self.skip_bad = dataset, transform, seed, skip_bad
+    def __init__(self, dataset, transform, skip_bad=False):
+        self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
 
     def __getitem__(self, key):
-        index, repeat = map(int, key)
-        if self.seed is not None:
-            seed = seed_of(*self.seed, index, repeat)
-            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)     # timm's transforms draw from all three
-        for index in range(index, index + len(self.dataset)):
+        first, seed = key
+        random.seed(seed)                                               # timm's transforms draw from all three
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)                       # torch.manual_seed would ask every device
+        for index in range(first, first + len(self.dataset)):
             try:
                 image, label = self.dataset[index % len(self.dataset)]
-                return self.transform(image.convert("RGB")), label
-            except (OSError, SyntaxError) as error:                     # what PIL raises
+                return self.transform(image if image.mode == "RGB" else image.convert("RGB")), label
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # what PIL raises
                 path = getattr(self.dataset, "samples", {index: (f"number {index}",)})[index % len(self.dataset)][0]
                 if not self.skip_bad:
-                    raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or --skip-bad-images") from None
+                    raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or "
+                                   f"--skip-bad-images") from None
         raise BadImage("none of the images can be read")
 
 
@@ -277,14 +352,17 @@ def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1,
                   auto_augment=None, color_jitter=None, random_erasing=0.0, skip_bad_images=False):
     """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
 
-    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it.
+    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it, in
+    `workers` processes for both (0: in this one), which see one another's work only through the keys.
     """
+    common = dict(mean=mean, std=std, device=device, seed=seed)
     if img_size < 64:
-        return tuple(TensorLoader(dataset, img_size=img_size, mean=mean, std=std, device=device, seed=seed,
-                                  repeats=repeats, skip_bad=skip_bad_images) for dataset in (train, val))
-    common = dict(input_size=img_size, interpolation="bicubic", mean=mean, std=std)
-    train_transform = create_transform(**common, is_training=True, auto_augment=auto_augment, re_mode="pixel",
-                                       color_jitter=color_jitter, re_prob=random_erasing)
-    eval_transform = create_transform(**common, crop_pct=crop_pct)
-    return tuple(StreamLoader(dataset, train_transform=train_transform, eval_transform=eval_transform, workers=workers,
-                              device=device, seed=seed, skip_bad=skip_bad_images) for dataset in (train, val))
+        return tuple(TensorLoader(dataset, img_size=img_size, repeats=repeats, skip_bad=skip_bad_images, **common)
+                     for dataset in (train, val))
+    bytes_of = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, normalize=False)
+    transforms = (bytes_of(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
+                  bytes_of(crop_pct=crop_pct))
+    halves = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]
+    pool = Pool(halves, seed, workers, pin_memory=device.type == "cuda")
+    erasing = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
+    return StreamLoader(pool, 0, erasing, **common), StreamLoader(pool, 1, **common)

@@ -90,8 +90,11 @@ def variant(name):
 
 def _create(name, **kwargs):
     try:
-        return timm.create_model(name, **kwargs)
-    except (RuntimeError, TypeError, AssertionError) as error:
+        model = timm.create_model(name, **kwargs)
+        if not model.feature_info:
+            raise LookupError("it has no layers")
+        return model
+    except (RuntimeError, TypeError, AssertionError, ArithmeticError, LookupError) as error:
         raise ValueError(f"cannot build {name}: {_one_line(error)}") from error
 
 

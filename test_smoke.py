@@ -1,13 +1,15 @@
 """python -m pytest test_smoke.py -q   (under 3 minutes on 2 cores, no network, no files from elsewhere)"""
 import copy
 import json
+import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import analyze
 import data
@@ -118,7 +121,7 @@ def test_unequal_widths_are_one_line():
         def pair_loss(self, i, map_s, map_t):
             return (map_s - map_t).square().mean()
 
-    with pytest.raises(ValueError, match="naive cannot compare a student's map of 6 x 4 x 4 with a teacher's of 12 x 4"):
+    with pytest.raises(ValueError, match="naive cannot compare a student's map of 6 x 4 x 4 with a teacher's of 12"):
         Naive()(torch.tensor([0, 1]), wave(2, 5), [wave(2, 6, 4, 4)], wave(2, 5), [wave(2, 12, 4, 4)])
 
 
@@ -321,6 +324,63 @@ def test_load_student(variant, tmp_path, monkeypatch):
         models.load_student(tmp_path, "epoch_0099.pt")
 
 
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """CUDA tensors without a card: they know shape, dtype and device, refuse to mix devices, and have no values, so
+    that nothing can wait for one. Autograd's engine wants a driver: gradients are put in place of its backward pass."""
+    generator = torch.Generator
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)     # of the EMA's copy
+
+    def on_cuda(tensor):
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def update(*flags, plant=None):
+        settings, (_, _, classes) = train_kd.resolve(train_kd.parse_args([*TINY, "--dry-run", *flags]))
+        teacher, distiller, _ = train_kd.build(settings, classes)
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # of data pointers, on a fake's deep copy
+            for model in filter(None, (teacher, distiller)):
+                model._apply(on_cuda)
+            run = train_kd.prepare(settings, teacher, distiller)
+            if plant:
+                plant(run)
+            images, labels = torch.empty(8, 3, 32, 32, device="cuda"), torch.empty(8, dtype=torch.long, device="cuda")
+
+            def backward(loss):
+                assert loss.device.type == "cuda" and loss.requires_grad
+                for parameter in distiller.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+
+            monkeypatch.setattr(torch.Tensor, "backward", backward)
+            return train_kd.update(run, iter([(images, labels)] * settings.accum), 0)
+
+    return update
+
+
+@pytest.mark.parametrize("amp", train_kd.ROWS["amp"].kind)
+@pytest.mark.parametrize("method", losses.METHODS)
+def test_an_update_stays_on_the_device(method, amp, fake_cuda):
+    """Forward passes, losses, fused AdamW and EMA mix no devices and never wait for one, in every --amp mode."""
+    names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2")
+    assert means.device.type == "cuda" and means.shape == (len(names),)
+
+
+def test_fake_cuda_finds_what_it_should(fake_cuda):
+    def on_the_cpu(run):
+        run.distiller.register_forward_pre_hook(lambda module, args: (args[0] + torch.zeros(8, 3, 32, 32), *args[1:]))
+
+    def waits(run):
+        run.distiller.register_forward_hook(lambda module, args, output: output[0].sum().item())
+
+    with pytest.raises(RuntimeError, match="cpu"):
+        fake_cuda("--method", "spectral", plant=on_the_cpu)
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        fake_cuda("--method", "spectral", plant=waits)
+
+
 def launch(*command, check=True):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -482,6 +542,14 @@ def world(tmp_path_factory):
     (root / "garbage.pth").write_bytes(b"\x80\x02garbage")
     (root / "cut.safetensors").write_bytes((HERE / "weights/cait_toy_shapes.safetensors").read_bytes()[:5000])
     torch.save({"a": torch.zeros(1)}, root / "other.pth")
+    state = models.read_weights(HERE / "weights/cait_toy_shapes.safetensors")
+    torch.save({key: value * float("nan") for key, value in state.items()}, root / "nan.pth")
+    for folder in ("bomb/train/a", "bomb/val/a"):                       # 40,000 x 40,000 pixels in a few bytes
+        (root / folder).mkdir(parents=True)
+        header = b"IHDR" + (40000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+        (root / folder / "0.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") +
+            bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "VAL_SIZE", 20)
         train_kd.main([*TINY, "--method", "none", "--epochs", "1", "--device", "cpu", "--out", str(root / "run")])
@@ -555,6 +623,13 @@ TRAIN_MISTAKES = {                                                      # flags,
     "resume data": ("--resume --out {0}/run --train-size 80", "--train-size 64"),
     "resume student": ("--resume --out {0}/run --student vit_tiny_patch16_224", "--student"),
     "cuda": ("--device cuda", "CUDA"),
+    "depth 0": ("--student-kwargs depth=0", "no layers"),
+    "kwargs without a value": ("--student-kwargs embed_dim", "KEY=VALUE"),
+    "warm-up": ("--epochs 5 --warmup-epochs 5", "--warmup-epochs"),
+    "teacher of NaN": ("--teacher-weights {0}/nan.pth", "NaN"),
+    "dry run, image size": ("--img-size 48 --dry-run", "pos_embed"),
+    "too many pixels": ("--data {0}/bomb --method none --batch-size 1", "exceeds limit"),
+    "mps": ("--device mps", "MPS"),
     "resume and overwrite": ("--resume --overwrite --out {0}/run", "one of them"),
 }
 ANALYZE_MISTAKES = {
@@ -583,6 +658,7 @@ def test_mistakes(program, mistake, world, capsys, monkeypatch):
     monkeypatch.setattr(data, "VAL_SIZE", 20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     if "--out" not in words:
         words += ["--out", str(world / "never")]
     before = {path: path.read_bytes() for path in (world / "run").iterdir()}
@@ -640,6 +716,7 @@ def test_a_crafted_pickle_runs_no_code(tmp_path, world, monkeypatch, capsys):
 
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, world, monkeypatch, capsys):
     """No file may grow beyond 64 kB: the checkpoint cannot be written, and the run is none the worse for it."""
+    resource = pytest.importorskip("resource")                          # not on Windows
     monkeypatch.setattr(data, "VAL_SIZE", 20)
     out = tmp_path / "run"
     shutil.copytree(world / "run", out)
@@ -659,7 +736,8 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, world, monkeypatch, 
 def test_workers_may_change(tmp_path, monkeypatch):
     """From 64 px on images are decoded and augmented by workers: 2 of them, or none and 1 after an interruption."""
     monkeypatch.setattr(data, "VAL_SIZE", 20)
-    flags = [*TINY, "--img-size", "64", "--method", "none", "--epochs", "2", "--device", "cpu", "--out"]
+    flags = [*TINY, "drop_path_rate=0.5", "--img-size", "64", "--method", "none", "--epochs", "2", "--device", "cpu",
+             "--out"]
     train_kd.main([*flags, str(tmp_path / "whole"), "--workers", "2"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train_kd, "report", lambda log, epochs: len(log) == 2 and sys.exit())
@@ -667,6 +745,40 @@ def test_workers_may_change(tmp_path, monkeypatch):
     train_kd.main(["--resume", "--out", str(tmp_path / "parts"), "--workers", "1"])
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and len(log_of(tmp_path / "parts")) == 2
     assert_same(*(models.read_weights(tmp_path / name / "student.safetensors") for name in ("whole", "parts")))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_start_everywhere(method, tmp_path, monkeypatch):
+    """Linux forks, macOS and Windows spawn, Python 3.14 has a fork server: the same to the last bit as no workers."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this platform has no {method}")
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: method)
+    flags = [*TINY, "--img-size", "64", "--method", "none", "--epochs", "1", "--device", "cpu", "--out"]
+    for workers in ("0", "2"):
+        train_kd.main([*flags, str(tmp_path / workers), "--workers", workers])
+    assert log_of(tmp_path / "0") == log_of(tmp_path / "2")
+    assert_same(*(models.read_weights(tmp_path / name / "student.safetensors") for name in ("0", "2")))
+
+
+def test_batches_travel_as_bytes():
+    """A quarter of float32; normalised on the device to what timm's own transform gives; erased there by image."""
+    dataset = data.Shapes(8, "train")
+    statistics = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    args = dict(img_size=64, device=torch.device("cpu"), workers=0, **statistics)
+    loader, val_loader = data.build_loaders(dataset, dataset, random_erasing=1.0, **args)
+    keys = data.evaluation_batches(8, 8)
+    images, labels, _ = next(val_loader.pool.load(1, keys, 0))
+    assert images.dtype == torch.uint8 and images.nbytes == 8 * 3 * 64 * 64
+    transform = data.create_transform(64, interpolation="bicubic", crop_pct=0.875, **statistics)
+    expected = torch.stack([transform(dataset[i][0]) for i in range(8)])
+    torch.testing.assert_close(next(val_loader.load(keys))[0], expected, rtol=1e-5, atol=1e-6)
+    plain, _ = data.build_loaders(dataset, dataset, **args)
+    erased, whole = (next(each.load(keys, 3))[0] for each in (loader, plain))
+    alone = next(loader.load([keys[0][5:6]], 3))[0]
+    assert torch.equal(alone[0], erased[5])                             # whatever the batch around it
+    changed = (erased != whole).any(1).flatten(1).float().mean(1)
+    assert (changed > 0).all() and (changed < 0.5).all() and len({*changed.tolist()}) > 1
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0"])
@@ -682,7 +794,8 @@ def test_augmentation_at_its_limits(policy):
 def test_bad_images_can_be_skipped(world):
     train, val, _ = data.open_data(str(world / "corrupt"))
     with pytest.raises(data.BadImage, match="0.png"):
-        [data.Samples(train, lambda image: image)[i, 0] for i in range(len(train))]
+        for i in range(len(train)):
+            data.Samples(train, lambda image: image)[i, 0]
     skipping = data.Samples(train, lambda image: image, skip_bad=True)
     assert len([skipping[i, 0] for i in range(len(train))]) == 6
 
@@ -725,7 +838,10 @@ def test_compiles_to_one_graph(name, size, options, backend):
 
 def test_bfloat16_by_default_where_it_helps(monkeypatch):
     monkeypatch.setattr(train_kd, "cpu", {"flags": "sse avx512_bf16", "model name": "any"}.get)
-    for device, size, expected in (("cpu", 224, "both"), ("cpu", 32, "off"), ("cuda", 32, "both")):
+    for native, expected in ((True, "both"), (False, "off")):           # a T4 or V100 only emulates it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+        assert train_kd.default_amp(torch.device("cuda"), 32) == expected
+    for device, size, expected in (("cpu", 224, "both"), ("cpu", 32, "off"), ("mps", 224, "off")):
         assert train_kd.default_amp(torch.device(device), size) == expected
     monkeypatch.setattr(train_kd, "cpu", lambda key: "")
     assert train_kd.default_amp(torch.device("cpu"), 224) == "off"
@@ -774,6 +890,7 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
         assert torch.equal(student.eval()(images), distiller.student.eval()(images)[0])
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signals")
 def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
     """kill -9 in the first run, SIGTERM in the second (after a step, within an epoch), the third reaches the end."""
     flags = [*TINY, "--method", "none", "--epochs", "5", "--device", "cpu", "--train-size", "640"]
@@ -801,8 +918,8 @@ def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
 def test_a_signal_stops_all_processes(tmp_path):
     """SIGTERM to torchrun: both processes finish the step, the first saves, none is left; one process goes on."""
     flags = [*TINY, "--method", "none", "--epochs", "500", "--device", "cpu", "--train-size", "640"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py", *flags,
-               "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py",
+               *flags, "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "last.pt").exists():

@@ -24,6 +24,7 @@ import platform
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,7 @@ def update(run, stream, step):
     means, accum = 0, run.settings.accum
     for micro in range(accum):
         images, labels = next(stream)
+        torch.manual_seed(data.seed_of(run.settings.seed, step, run.rank, micro))       # of drop-path and the like
         with torch.no_grad(), run.teacher_autocast():
             taught = run.teacher(images) if run.teacher else None
         last = micro == accum - 1
@@ -78,87 +80,91 @@ def update(run, stream, step):
         means += torch.stack([*terms.values()]).detach() / accum
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.ema.update(run.student)
+    run.ema.update(run.student, step=step)
     return [*terms], means
 
 
 def train(run, loaders, sizes, state):
     """Train to the last epoch from `state`, what last.pt held, or from the start; write the run's folder."""
-    settings, out = run.settings, Path(run.settings.out)
-    (train_loader, val_loader), (train_size, val_size) = loaders, sizes
+    settings, (train_loader, val_loader), (train_size, val_size) = run.settings, loaders, sizes
     steps = train_size // settings.batch_size                           # updates in an epoch
     scheduler, _ = create_scheduler_v2(run.optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
                                        warmup_lr=settings.warmup_lr, warmup_epochs=settings.warmup_epochs,
                                        step_on_epochs=False, updates_per_epoch=steps)
-    step, log, rows = 0, [], None                                       # rows: the loss terms of the epoch's updates
+    step, log, names, rows = 0, [], [], None                            # rows: the loss terms of the epoch's updates
     if state:
         run.optimizer.load_state_dict(state["optimizer"])
         run.ema.module.load_state_dict(state["ema"])
-        step, log, rows = state["step"], state["log"], state["rows"].to(run.device)
-    stop = Stop(run.world)
+        step, log, names, rows = state["step"], state["log"], state["terms"], state["rows"].to(run.device)
+    run.stop = Stop(run.world)
     if run.teacher:
-        top1, top5 = evaluate(run, run.teacher, val_loader, val_size, run.teacher_autocast)
+        (top1, top5, _), = evaluate(run, [run.teacher], val_loader, val_size, run.teacher_autocast, step)
         if run.rank == 0:
             print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
 
-    for epoch in range(step // steps, settings.epochs):
-        start, looked, began = step % steps, step % steps, time.time()
+    for epoch in range(len(log), settings.epochs):
+        start = looked = step - epoch * steps                           # = steps if only its evaluation is missing
+        began = time.time()
         batches = data.training_batches(train_size, settings.batch_size, seed=settings.seed, epoch=epoch, start=start,
                                         repeats=settings.repeats, accum=settings.accum, rank=run.rank, world=run.world)
         stream = train_loader.load(batches, epoch)
         run.distiller.train()
         for i in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=run.rank > 0 or None):
             scheduler.step_update(step)
-            torch.manual_seed(data.seed_of(settings.seed, step, run.rank))      # of drop-path: differs by rank
             names, means = update(run, stream, step)
             rows = torch.zeros(steps, len(names), device=run.device) if rows is None else rows
             rows[i] = means
             step += 1
-            stopped = stop.asked()
+            stopped = run.stop.asked()
             if stopped or i + 1 - looked == 50 or i + 1 == steps:       # the only moment that waits for the device
                 check_finite(rows[looked:i + 1], names, step - (i + 1 - looked), run.world)
                 looked = i + 1
             if stopped and looked < steps:
-                if run.rank == 0:
-                    save(run, step, log, rows)
-                    print(f"stopped by {signal.Signals(stopped).name} after step {step}: saved {out / 'last.pt'}; go "
-                          f"on with --resume --out {out}", flush=True)
-                sys.exit(128 + stopped)
+                save(run, step, log, names, rows)
+                leave(run, stopped, step)
 
         seconds, means = time.time() - began, rows.mean(0).tolist()
-        top1, top5 = evaluate(run, run.student, val_loader, val_size, run.student_autocast)
-        ema_top1, ema_top5 = evaluate(run, run.ema.module, val_loader, val_size, run.student_autocast)
+        save(run, step, log, names, rows)                               # a signal in the evaluation loses nothing
+        (top1, top5, _), (ema_top1, ema_top5, _) = evaluate(run, [run.student, run.ema.module], val_loader, val_size,
+                                                            run.student_autocast, step)
         log.append({"epoch": epoch, "step": step, "lr": run.optimizer.param_groups[0]["lr"], "loss": sum(means),
                     "terms": dict(zip(names, means)), "top1": top1, "top5": top5, "ema_top1": ema_top1,
                     "ema_top5": ema_top5, "images_per_s": (steps - start) * settings.batch_size / seconds,
                     "seconds": time.time() - began})
         if run.rank == 0:
             report(log, settings.epochs)
-            write_weights(out, run.student.model, log, settings.snapshot_every)
-            save(run, step, log, rows)
+            write_epoch(run, log)
     if run.rank == 0:
         finish(run, log)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")                               # its batches and mode would compile anew
-def evaluate(run, model, loader, size, autocast):
-    """Top-1 and top-5 accuracy in %, over all processes, every one of `size` validation images counted once."""
-    model.eval()
-    hits = torch.zeros(3, dtype=torch.int64, device=run.device)         # in the top 1, in the top 5, seen
-    for images, labels in loader.load(data.evaluation_batches(size, 250, rank=run.rank, world=run.world)):
-        with autocast():
-            logits, _ = model(images)
-        found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        hits += torch.stack([found[:, 0].sum(), found.sum(), torch.ones_like(labels).sum()])
+def evaluate(run, models, loader, size, autocast, step=0):
+    """[(top-1 %, top-5 %, cross-entropy)] of each model: one pass over all processes, each of `size` images once."""
+    exact = torch.float32 if run.device.type == "mps" else torch.float64
+    sums = torch.zeros(len(models), 3, dtype=exact, device=run.device)
+    rounds = len(data.evaluation_batches(size, 250, rank=0, world=run.world))           # the first has the most
+    stream = loader.load(data.evaluation_batches(size, 250, rank=run.rank, world=run.world))
+    for model in models:
+        model.eval()
+    for _ in range(rounds):
+        if run.stop and (stopped := run.stop.asked()):
+            leave(run, stopped, step)
+        for images, labels in itertools.islice(stream, 1):
+            for model, row in zip(models, sums):
+                with autocast():
+                    logits, _ = model(images)
+                found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+                row += torch.stack([found[:, 0].sum(), found.sum(), loss])
     if run.world > 1:
-        dist.all_reduce(hits)
-    top1, top5, seen = hits.tolist()
-    return 100 * top1 / seen, 100 * top5 / seen
+        dist.all_reduce(sums)
+    return [(100 * top1 / size, 100 * top5 / size, loss / size) for top1, top5, loss in sums.tolist()]
 
 
 class Stop:
-    """Remembers SIGTERM and Ctrl-C, and lets all processes agree on the step after which to stop."""
+    """Remembers SIGTERM and Ctrl-C, and lets all processes agree on the moment to stop."""
 
     def __init__(self, world):
         self.received, self.world = 0, world
@@ -174,6 +180,14 @@ class Stop:
         if self.world > 1:
             dist.all_reduce(received, dist.ReduceOp.MAX)
         return received.item()
+
+
+def leave(run, number, step):
+    """End all processes after a signal; what the run needs to go on has been saved."""
+    if run.rank == 0:
+        print(f"stopped by {signal.Signals(number).name} after step {step}: go on with --resume --out "
+              f"{run.settings.out}", flush=True)
+    sys.exit(128 + number)
 
 
 def check_finite(rows, names, since, world):
@@ -204,10 +218,13 @@ def build(settings, classes):
     if kind.needs_teacher and not weights:
         check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
     if kind.needs_teacher or settings.variant != "plain":
-        known = kind.needs_teacher and not settings.dry_run and not settings.bench      # else only its width matters
+        embedded = weights and Path(weights).parent == HERE / "weights"
+        known = kind.needs_teacher and (embedded or not settings.dry_run and not settings.bench)   # else only the width
         teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
                               pretrained=known and not weights, weights=weights if known else None,
                               random_head=settings.teacher_head == "random")
+        if not all(parameter.isfinite().all() for parameter in teacher.parameters()):
+            raise ValueError(f"the weights of {settings.teacher} hold NaN or infinity: give others with --teacher-weights")
     width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
     student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width,
                           **settings.student_kwargs or {})
@@ -249,13 +266,13 @@ def prepare(settings, teacher, distiller, rank=0, world=1):
         for who in ("teacher", "student"))
     fused = device.type in ("cpu", "cuda")
     optimizer = create_optimizer_v2(distiller, "adamw", lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
-    ema = ModelEmaV3(student, decay=settings.ema_decay)
+    ema = ModelEmaV3(student, decay=settings.ema_decay, use_warmup=True)       # else the start weighs for long
     for model in filter(None, (teacher, student) if settings.compile else ()):
         model.compile(fullgraph=True, dynamic=False)                    # in place, after the EMA's copy
     ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
     return SimpleNamespace(settings=settings, teacher=teacher, distiller=distiller, student=student, ddp=ddp, ema=ema,
                            optimizer=optimizer, teacher_autocast=teacher_autocast, student_autocast=student_autocast,
-                           device=device, rank=rank, world=world)
+                           device=device, rank=rank, world=world, stop=None)
 
 
 @torch.no_grad()
@@ -272,7 +289,7 @@ def describe(settings, teacher, distiller, train, val, classes):
                        "teacher": count(teacher) if teacher else 0},
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
         "maps": {"student": [list(A.shape[1:]) for A in maps], "teacher": [list(A.shape[1:]) for A in taught[1]]},
-        "images": {"train": len(train), "val": len(val), "classes": classes},
+        "images": count_images(train, val, classes),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "commit": _git_commit(),
         "command": " ".join(sys.argv),
@@ -315,35 +332,37 @@ def write_text(path, text):
     write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def save(run, step, log, rows):
-    """last.pt and log.jsonl. What the former does not hold is made again from the settings."""
-    state = {"distiller": run.distiller.state_dict(), "optimizer": run.optimizer.state_dict(),
-             "ema": run.ema.module.state_dict(), "step": step, "log": log, "rows": rows}
-    out = Path(run.settings.out)
-    write(out / "last.pt", partial(torch.save, state))
-    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+def save(run, step, log, names, rows):
+    """last.pt, by the first process. What it does not hold is made again from the settings."""
+    if run.rank == 0:
+        state = {"distiller": run.distiller.state_dict(), "optimizer": run.optimizer.state_dict(),
+                 "ema": run.ema.module.state_dict(), "step": step, "log": log, "terms": names, "rows": rows}
+        write(Path(run.settings.out) / "last.pt", partial(torch.save, state))
 
 
 def load_state(path, distiller):
-    """Read last.pt, load the distiller from it, and return the rest for `train`."""
+    """Read last.pt, load the distiller from it, and return the rest for `train`; None if there is no last.pt yet."""
+    if not path.exists():
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         distiller.load_state_dict(state["distiller"])
-        return {key: state[key] for key in ("optimizer", "ema", "step", "log", "rows")}
+        return {key: state[key] for key in ("optimizer", "ema", "step", "log", "rows")} | {"terms": state.get("terms")}
     except Exception as error:                                          # cut short, foreign, or a pickle with code
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"cannot resume from {path}, which is damaged or not a checkpoint of this run ({reason}): "
                          f"restore it, or start again with --overwrite") from error
 
 
-def write_weights(out, model, log, snapshot_every):
-    """best.pt if the last epoch beats all former ones, epoch_NNNN.pt after every `snapshot_every` epochs."""
-    *former, last = log
-    weights = {"model": model.state_dict(), "epoch": last["epoch"], "top1": last["top1"]}
+def write_epoch(run, log):
+    """log.jsonl, best.pt if the epoch beats all former ones, epoch_NNNN.pt every `snapshot_every` epochs."""
+    out, (*former, last) = Path(run.settings.out), log
+    weights = {"model": run.student.model.state_dict(), "epoch": last["epoch"], "top1": last["top1"]}
     if last["top1"] > max((line["top1"] for line in former), default=-1):
         write(out / "best.pt", partial(torch.save, weights))
-    if len(log) % snapshot_every == 0:
+    if len(log) % run.settings.snapshot_every == 0:
         write(out / f"epoch_{len(log):04d}.pt", partial(torch.save, weights))
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
 def report(log, epochs):
@@ -356,9 +375,8 @@ def report(log, epochs):
 
 
 def finish(run, log):
-    """What a run leaves at its end: the log, the student as timm loads it, the curves."""
+    """What a run leaves at its end: the student as timm loads it, the curves."""
     out = Path(run.settings.out)
-    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))     # if the last save was cut short
     weights = {key: value.contiguous() for key, value in run.student.model.state_dict().items()}
     write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write(out / "curves.png", partial(draw_curves, log))
@@ -450,19 +468,25 @@ def bench(run, loaders, sizes, classes):
         waits.append(timed(lambda: fetched.append(next(real)), accum))
         updates.append(timed(lambda: update(run, iter(fetched), 0)))
     ms["loader"] = float(np.mean(waits[1:]))                            # the first starts the workers
+    decode = None                                                       # images/s that one core decodes and augments
+    if isinstance(loaders[0], data.StreamLoader):
+        images = [(0, 0, *key) for key in np.concatenate(keys)[:64].tolist()]
+        decode = 1000 * len(images) / timed(lambda: [loaders[0].pool.loader.dataset[key] for key in images])
     if run.rank == 0:
-        report_bench(run, ms, ms["loader"] + np.mean(updates[1:]), sizes[0])
+        report_bench(run, ms, ms["loader"] + np.mean(updates[1:]), sizes[0], decode)
 
 
-def report_bench(run, ms, loop, train_size):
-    """A table for people and a line of JSON for results/speed.jsonl. `loop`: ms of an update with the real loader."""
+def report_bench(run, ms, loop, train_size, decode):
+    """A table for people and a line of JSON for results/speed.jsonl. `loop`: ms of an update with the real loader;
+    `decode`: images/s of the loader on one core, or None where the images are in memory."""
     settings = run.settings
     minutes = loop / 6e4 * (train_size // settings.batch_size) * settings.epochs
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
               "step_to_floor": round(ms["step"] / ms["floor"], 3),
               "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
               "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": peak_memory(run.device),
-              "training_hours": round(minutes / 60, 5),
+              "training_hours": round(minutes / 60, 5), "loader_images_per_s_a_core": decode and round(decode, 1),
+              "cores_for_the_step": decode and round(1000 * settings.batch_size / ms["step"] / decode, 2),
               **{key: getattr(settings, key) for key in ("bench", "batch_size", "img_size", "amp", "compile")},
               "processes": run.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if run.device.type == "cuda" else cpu("model name")}
@@ -471,6 +495,8 @@ def report_bench(run, ms, loop, train_size):
         print(f"{part:10s}{value:10.2f}{value / ms['step']:10.1%}")
     print(f"step / floor {result['step_to_floor']}; images/s: {result['images_per_s_in_memory']} in memory, "
           f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB")
+    if decode:
+        print(f"the loader makes {decode:.0f} images/s a core: the step wants {result['cores_for_the_step']} cores")
     print(f"{settings.epochs} epochs of {train_size:,} images: {minutes:.1f} minutes = {minutes / 1440:.2f} days here, "
           f"without validation\n{json.dumps(result)}", flush=True)
 
@@ -505,9 +531,17 @@ SHARE, WEIGHT, POSITIVE = number(float, 0, 1), number(float, 0, 1e9), number(flo
 RECIPE = object()                                                       # the default: that of RECIPES
 
 
+class KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            parser.error(f"{option_string} {' '.join(values)}: want KEY=VALUE")
+
+
 class Setting(NamedTuple):
     name: str
-    kind: object                # a type, choices, bool for a switch, ParseKwargs, or [type] for a list
+    kind: object                # a type, choices, bool for a switch, KeyValues, or [type] for a list
     default: object
     help: str
     when: str = ""              # it has an effect: "with a teacher", "with features", "from 64 px", "with shapes"
@@ -520,9 +554,9 @@ SETTINGS = {
         Setting("method", METHODS, "spectral", "objective"),
         Setting("student", str, RECIPE, "timm model"),
         Setting("variant", VARIANTS, None, "of the student (default: the method's own)"),
-        Setting("student_kwargs", ParseKwargs, None, "for timm: embed_dim=219 num_heads=3 is EM's UniformWide control"),
+        Setting("student_kwargs", KeyValues, None, "for timm: embed_dim=219 num_heads=3 is EM's UniformWide control"),
         Setting("teacher", str, RECIPE, "timm model", "with a teacher or its width"),
-        Setting("teacher_kwargs", ParseKwargs, None, "for timm", "with a teacher or its width"),
+        Setting("teacher_kwargs", KeyValues, None, "for timm", "with a teacher or its width"),
         Setting("teacher_weights", str, RECIPE, "a .safetensors, .pt or .pth file; else timm's pretrained",
                 "with a teacher"),
         Setting("teacher_head", ("pretrained", "random"), "pretrained",
@@ -543,7 +577,8 @@ SETTINGS = {
         Setting("random_erasing", SHARE, 0.25, "probability", "from 64 px"),
         Setting("crop_pct", number(float, 0.01, 1), 0.875, "evaluation crop", "from 64 px"),
         Setting("skip_bad_images", bool, False, "let the next image stand in for one that cannot be read"),
-        Setting("workers", NUMBER, 2, "data processes of each process", "from 64 px", free=True)],
+        Setting("workers", NUMBER, None, "data processes of each process (default: the cores that the node has for it)",
+                "from 64 px", free=True)],
     "training": [
         Setting("epochs", COUNT, RECIPE, "whole", free=True),
         Setting("batch_size", COUNT, RECIPE, "global: over all processes and accumulation steps"),
@@ -560,9 +595,9 @@ SETTINGS = {
         Setting("resume", bool, False, "go on with the run in --out, with its settings"),
         Setting("overwrite", bool, False, "replace the run in --out"),
         Setting("snapshot_every", COUNT, None, "epochs between epoch_NNNN.pt (default: a tenth)", free=True),
-        Setting("device", ("cpu", "cuda"), None, "default: cuda if there is one", free=True),
-        Setting("amp", ("off", "teacher", "student", "both"), None, "bfloat16 in one or both (default: both on CUDA, "
-                "and on CPUs with avx512_bf16 or amx_bf16 from 64 px; else off)", free=True, const="both"),
+        Setting("device", ("cpu", "cuda", "mps"), None, "default: cuda, else mps (Apple), else cpu", free=True),
+        Setting("amp", ("off", "teacher", "student", "both"), None, "bfloat16 in one or both (default: both where "
+                "the GPU, or from 64 px the CPU, computes in it; else off)", free=True, const="both"),
         Setting("compile", bool, False, "torch.compile student and teacher, a graph each", free=True),
         Setting("dry_run", bool, False, "build everything with random weights, print it, end"),
         Setting("bench", COUNT, None, "time N updates (10) with random weights and end", const=10)],
@@ -616,8 +651,8 @@ def as_argument(row):
     text = dict(help=(row.help + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%"))
     if row.kind is bool:
         return dict(text, action="store_true")
-    if row.kind is ParseKwargs:
-        return dict(text, nargs="+", action=ParseKwargs, metavar="KEY=VALUE")
+    if row.kind is KeyValues:
+        return dict(text, nargs="+", action=KeyValues, metavar="KEY=VALUE")
     if isinstance(row.kind, list):
         return dict(text, nargs="+", type=row.kind[0], metavar="L")
     takes = dict(type=row.kind, metavar=row.kind.__name__.upper()) if callable(row.kind) else dict(choices=row.kind)
@@ -631,26 +666,68 @@ def resolve(args):
     flags that contradict each other or the run to resume, or that would have no effect.
     """
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    saved = read_run(given)["settings"] if args.resume else {}
+    former = from_first(partial(read_run, given)) if args.resume else None
+    saved = former["settings"] if former else {}
     fixed = {name: None if row.default is RECIPE else row.default for name, row in ROWS.items()}
     asked = {**fixed, **saved, **given}
-    train, val, classes = data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
+    train, val, classes = open_data(asked)
     native = timm.get_pretrained_cfg(asked["student"]).input_size[-1] if timm.is_model(asked["student"] or "") else None
     if asked["data"] == "shapes":
         recipe = "shapes"
     else:                                                               # by size: asked for, the student's, the images'
-        recipe = "small" if (asked["img_size"] or native or min(train[0][0].size)) < 64 else "imagenet"
+        size = asked["img_size"] or native or data.first_size(train, asked["skip_bad_images"])
+        recipe = "small" if size < 64 else "imagenet"
     defaults = {**fixed, **RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"]}
     settings = argparse.Namespace(**{**defaults, **saved, **given, "recipe": recipe})
     if "lr" not in {**saved, **given}:
         settings.lr = defaults["lr"] * settings.batch_size / defaults["batch_size"]
+    if "warmup_epochs" not in {**saved, **given} and settings.warmup_epochs >= settings.epochs:
+        settings.warmup_epochs *= settings.epochs / defaults["epochs"]
     if ("first" in given or "last" in given) and not saved:
         settings.first, settings.last = given.get("first", 0), given.get("last", 0)
     settings.out = settings.out or f"runs/{settings.method}"
     settings.variant = settings.variant or METHODS[settings.method].variant
     settings.snapshot_every = settings.snapshot_every or max(1, settings.epochs // 10)
-    check(settings, given, saved)
+    if settings.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        settings.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    from_first(partial(check, settings, given, saved))
+    if former and former["images"] != count_images(train, val, classes):
+        raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
+                         f"{count_images(train, val, classes)}, the run had {former['images']}")
     return with_options(settings), (train, val, classes)
+
+
+def count_images(train, val, classes):
+    return {"train": len(train), "val": len(val), "classes": classes}
+
+
+def open_data(asked):
+    """data.open_data, whose downloads the first process of each node does while the others wait."""
+    waits = dist.is_initialized() and asked["data"].startswith(("torch/", "hfds/"))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if waits and local > 0:
+        dist.barrier()
+    try:
+        return data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
+    finally:
+        if waits and local == 0:
+            dist.barrier()
+
+
+def from_first(look):
+    """What look() returns or raises in the first process, for all: other nodes need not see the run's folder."""
+    answer = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = [look()]
+        except (ValueError, OSError) as error:
+            answer = [ValueError(str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], ValueError):
+        raise answer[0]
+    return answer[0]
 
 
 def with_options(settings):
@@ -674,6 +751,9 @@ def check(settings, given, saved):
     if {"student_layers", "teacher_layers"} & {*given} and (
             {"first", "last"} & {*given} or None in (settings.student_layers, settings.teacher_layers)):
         raise ValueError("give --student-layers and --teacher-layers together, and without --first and --last")
+    if "warmup_epochs" in given and settings.warmup_epochs >= settings.epochs:
+        raise ValueError(f"--warmup-epochs {settings.warmup_epochs} is not below --epochs {settings.epochs}: the "
+                         f"learning rate would never be reached")
     if settings.resume and settings.overwrite:
         raise ValueError("--resume goes on with the run in --out and --overwrite replaces it: give one of them")
     changed = {name for name in {*saved} & {*given} if saved[name] != given[name] and name not in FREE}
@@ -710,9 +790,12 @@ def main(argv=None):
     try:
         device = choose_device(args.device, local)
         if "RANK" in os.environ and not dist.is_initialized():          # started by torchrun
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            nccl = device.type == "cuda" and dist.is_nccl_available()   # Windows has none
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(hours=1))
         settings, (train_set, val_set, classes) = resolve(args)
         settings.amp = settings.amp or default_amp(device, settings.img_size)
+        if settings.amp != "off" and device.type == "mps":
+            raise ValueError("--amp does not work on mps: leave it out")
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
         check_batch(settings, len(train_set), world)
@@ -721,7 +804,8 @@ def main(argv=None):
             print(json.dumps(description, indent=1) if settings.dry_run else summary(description), flush=True)
         if settings.dry_run:
             return
-        state = load_run(settings, distiller, description) if settings.resume else None
+        last = Path(settings.out) / "last.pt"
+        state = from_first(partial(load_state, last, distiller)) if settings.resume else None       # DDP shares weights
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, **pipeline,
@@ -731,7 +815,7 @@ def main(argv=None):
         if settings.bench:
             bench(run, loaders, sizes, classes)
             return
-        open_folder(settings, description, rank, world)
+        from_first(partial(open_folder, settings, description))
     except (ValueError, OSError) as error:
         fail(error)
     try:
@@ -740,6 +824,11 @@ def main(argv=None):
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
     except OSError as error:
         fail(error, status=1)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("shared memory", "Bus error", "No space left on device")):
+            raise
+        fail("the data workers ran out of shared memory (/dev/shm): start the container with --ipc=host or a larger "
+             "--shm-size, or lower --batch-size or --workers", status=1)
 
 
 def check_batch(settings, train_size, world):
@@ -751,16 +840,7 @@ def check_batch(settings, train_size, world):
                          f"{settings.accum} accumulation steps: change --batch-size or --accum")
 
 
-def load_run(settings, distiller, description):
-    """Load the distiller from last.pt -> the rest of it, or None if the run ended before its first checkpoint."""
-    former, last = read_config(settings.out)["images"], Path(settings.out) / "last.pt"
-    if description["images"] != former:
-        raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
-                         f"{description['images']}, the run had {former}")
-    return load_state(last, distiller) if last.exists() else None
-
-
-def open_folder(settings, description, rank, world):
+def open_folder(settings, description):
     """Make the run's folder, clear it of a run that --overwrite replaces, write config.json."""
     out = Path(settings.out)
     try:
@@ -769,13 +849,10 @@ def open_folder(settings, description, rank, world):
         raise ValueError(f"{out} is a file, not a folder: choose another --out") from None
     if not os.access(out, os.W_OK):
         raise ValueError(f"{out} is not writable: choose another --out")
-    if world > 1:
-        dist.barrier()                                                  # all have looked before the first writes
-    if rank == 0:
-        for old in [] if settings.resume else out.glob("*.*"):
-            if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
-                old.unlink()
-        write_text(out / "config.json", json.dumps(description, indent=1))
+    for old in [] if settings.resume else out.glob("*.*"):
+        if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
+            old.unlink()
+    write_text(out / "config.json", json.dumps(description, indent=1))
 
 
 def cpu(key):
@@ -786,20 +863,27 @@ def cpu(key):
 
 
 def default_amp(device, img_size):
-    """bfloat16 on GPUs that compute in it, and from 64 px on such CPUs, where it was measured to help."""
-    native = device.type == "cuda" or {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()} and img_size >= 64
+    """bfloat16 on GPUs that compute in it (T4 and V100 only emulate it), and from 64 px on such CPUs: measured."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and img_size >= 64 and {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()}
     return "both" if native else "off"
 
 
 def choose_device(asked, local):
-    if asked == "cpu" or asked is None and not torch.cuda.is_available():
-        return torch.device("cpu")
-    there, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    kind = asked or ("cuda" if cuda else "mps" if mps and wanted == 1 else "cpu")
+    there = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": wanted}[kind]
+    if not there:
+        raise ValueError(f"there is no {kind.upper()} device: leave --device out, or --device cpu")
     if wanted > there:
-        raise ValueError(f"{wanted} processes want a CUDA device each and there are {there}: lower --nproc_per_node, "
-                         f"or --device cpu")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+        raise ValueError(f"{wanted} processes want a {kind.upper()} device each and there are {there}: lower "
+                         f"--nproc_per_node, or --device cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
 
 
 if __name__ == "__main__":

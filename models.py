@@ -201,9 +201,9 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
     return model
 
 
-def load_student(run, file="student.safetensors"):
+def load_student(run, file="student.safetensors", trained=True):
     """The student of a run's folder, whole: plain, lifted or widened, with the weights that `file` of it holds
-    (student.safetensors, best.pt, epoch_0030.pt, ...). Raises ValueError if it is not there."""
+    (student.safetensors, best.pt, epoch_0030.pt, ...), or its untrained twin. Raises ValueError if it is not there."""
     path, config = Path(run) / file, read_config(run)
     settings, width = config["settings"], None
     if not path.is_file():
@@ -211,7 +211,8 @@ def load_student(run, file="student.safetensors"):
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
     return build_model(settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
-                       variant=settings["variant"], teacher_width=width, weights=path, **settings["student_kwargs"] or {})
+                       variant=settings["variant"], teacher_width=width, weights=path if trained else None,
+                       **settings["student_kwargs"] or {})
 
 
 def read_config(run):

@@ -240,8 +240,13 @@ class Control:
 
 def open_subjects(args, device, run=None):
     """The models of --models, or teacher and student of a run; with --controls the first one's null controls."""
-    subjects = [*(open_teacher(run, args, device) if run else ())]
-    subjects += [open_subject(text, args, device) for text in args.models or [str(run)]]
+    subjects = open_teacher(run, args, device) if run else []
+    for text in args.models or [str(run)]:
+        if (Path(text) / "config.json").is_file():
+            subjects.append(open_student(Path(text), args, device))
+        else:
+            name, _, source = text.partition("=")
+            subjects.append(open_model("model", name, source, args.img_size, args.model_kwargs or {}, args, device))
     first = subjects[0]
     if args.controls:
         if ("untrained", first.name) not in [(subject.kind, subject.name) for subject in subjects]:
@@ -251,50 +256,39 @@ def open_subjects(args, device, run=None):
     return subjects
 
 
-def open_subject(text, args, device):
-    """NAME, NAME=FILE, NAME=random or the folder of a run. The classifier does not matter here."""
-    if (Path(text) / "config.json").is_file():
-        return open_student(Path(text), args, device)
-    name, _, source = text.partition("=")
-    classes = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else 1
+def open_model(kind, name, source, img_size, options, args, device):
+    """A timm model with its pretrained weights, those of the file `source`, or none (source "random")."""
+    classes = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else 1   # no matter: only maps are used
 
     def build(trained):
-        return build_model(name, num_classes=classes, img_size=args.img_size, random_head=True,
-                           pretrained=trained and not source, weights=source if trained else None,
-                           **args.model_kwargs or {})
+        return build_model(name, num_classes=classes, img_size=img_size, random_head=True, **options,
+                           pretrained=trained and not source, weights=source if trained else None)
 
-    untrained = source == "random"
-    path = Path(source).resolve() if source and not untrained else None
-    return Subject("untrained" if untrained else "model", name, path, build, args, device)
+    if source == "random":
+        return Subject("untrained", name, None, build, args, device)
+    return Subject(kind, name, Path(source).resolve() if source else None, build, args, device)
 
 
-def open_student(run, args, device, file="student.safetensors"):
+def open_student(run, args, device, file="student.safetensors", kind="student"):
     settings = read_config(run)["settings"]
     name = settings["student"] if settings["variant"] == "plain" else f"{settings['variant']} {settings['student']}"
-    return Subject("student", name, run.resolve(), lambda trained: load_student(run, file, trained), args, device)
+    return Subject(kind, name, run.resolve(), lambda trained: load_student(run, file, trained), args, device)
 
 
 def open_teacher(run, args, device):
     """The teacher of a run in a list, which is empty if it had none; on `shapes` the embedded one stands in."""
-    config = read_config(run)
-    settings = config["settings"]
-    name, weights = settings.get("teacher"), settings.get("teacher_weights")
-    options = dict(img_size=settings["img_size"], **settings.get("teacher_kwargs") or {})
+    settings = read_config(run)["settings"]
     if settings["method"] == "none":
+        settings.update(teacher="cait_toy_patch8_32", teacher_weights=EMBEDDED, teacher_kwargs=None, img_size=None)
         if settings["data"] != "shapes":
             return []
-        name, weights, options = "cait_toy_patch8_32", EMBEDDED, {}
-    if weights == EMBEDDED:
-        weights = HERE / weights                                        # from any working folder, as in train_kd.py
-
-    def build(trained):
-        return build_model(name, num_classes=config["images"]["classes"], random_head=True, **options,
-                           pretrained=trained and not weights, weights=weights if trained else None)
-
-    if weights and (Path(weights) / "config.json").is_file():
-        name = read_config(weights)["settings"]["student"]
-        build = lambda trained: load_student(weights, trained=trained)
-    return [Subject("untrained" if weights == "random" else "teacher", name, None, build, args, device)]
+    source = settings["teacher_weights"] or ""
+    if source and (Path(source) / "config.json").is_file():
+        return [open_student(Path(source), args, device, kind="teacher")]
+    if source == EMBEDDED:
+        source = str(HERE / source)                                     # from any working folder, as in train_kd.py
+    options = settings.get("teacher_kwargs") or {}
+    return [open_model("teacher", settings["teacher"], source, settings["img_size"], options, args, device)]
 
 
 def tell_apart(subjects):
@@ -303,17 +297,16 @@ def tell_apart(subjects):
     for label in {label for label in labels if labels.count(label) > 1}:
         alike = [subject for subject in subjects if subject.label == label]
         for subject, name in zip(alike, endings([subject.path or Path() for subject in alike])):
-            if name:
-                subject.label = f"student {name}" if subject.kind == "student" else f"{label} ({name})"
+            subject.label = f"student {name}" if subject.kind == "student" else f"{label} ({name})" if name else label
 
 
 def endings(paths):
     """The last name of each path, with as many of its parents as tell it apart. Raises ValueError for equals."""
+    if len({*paths}) < len(paths):
+        raise ValueError("the same model or run is given twice")
     short = [path.name for path in paths]
     for depth in range(2, max(len(path.parts) for path in paths) + 1):
         short = ["/".join(path.parts[-depth:]) if short.count(name) > 1 else name for path, name in zip(paths, short)]
-    if len({*short}) < len(short):
-        raise ValueError("the same model or run is given twice" + f": {max(short, key=short.count)}".rstrip(": "))
     return short
 
 
@@ -491,49 +484,48 @@ token's spectrum over it is flat on average, and the cumulative curve of a flat 
 symmetry of a real signal's spectrum is not the reason, it only mirrors the curve: noise + 1 has .005/.2/.41/.6/.8.)"""
 
 
+def markdown(title, note, columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["", f"## {title}", "", *([note, ""] if note else []),
+            *(f"| {' | '.join(map(str, cells))} |" for cells in lines)]
+
+
 def write_summary(results, args, out):
     """summary.md: ours and, where a model is one of the papers', the published numbers."""
-    def row(*cells):
-        last.append(f"| {' | '.join(map(str, cells))} |")
-
-    def table(title, note, *columns):
-        last.extend(["", f"## {title}", "", *([note, ""] if note else [])])
-        row(*columns)
-        last.append("|---" * len(columns) + "|")
-
     def listed(values, form):
         return "/".join(format(value, form).removeprefix("0") or "0" for value in values) or "-"
 
-    def depth(values, numbers):
-        return f"{values[0]:.3f}", f"{min(values):.3f} ({numbers[int(np.argmin(values))]})", f"{values[-1]:.3f}"
+    def depth(r, values):
+        return f"{values[0]:.3f}", f"{min(values):.3f} ({r['numbers'][int(np.argmin(values))]})", f"{values[-1]:.3f}"
+
+    def ranks(r, method):
+        ours = np.round(np.percentile(r[method], 99, axis=0))
+        return listed(ours, ".0f"), listed(published(r["subject"], method), ".0f")
+
+    def sep(r):
+        difference = np.abs(np.subtract(r["sep"], r["sep_permuted"])).mean()
+        bands = r["bands"], published(r["subject"], "bands"), r["bands_permuted"]
+        return *(listed(values, ".3f") for values in bands), f"{difference:.3f}"
 
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    last = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`"]
-    table("Depth (DD Figs. 1, 2, 5, 6)", "Layers counted from 1. A U falls to a minimum inside and rises again.",
-          "model", "entropy range", "first", "minimum (layer)", "last", "published minimum", "magnitude first",
-          "minimum (layer)", "last")
-    for r in results:
-        for name, entropy in r["entropy"].items():
-            row(r["label"], name, *depth(entropy, r["numbers"]), published(r["subject"], "minimum") or "-",
-                *depth(r["magnitude"], r["numbers"]))
-    table("Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)",
-          "No SVD rank can exceed min(N tokens, C channels), no PCA rank C.",
-          "model", "N", "C", "SVD", "published", "dataset PCA", "published")
-    for r in results:
-        cells = [listed(values, ".0f") for method in ("svd", "pca")
-                 for values in (np.round(np.percentile(r[method], 99, axis=0)), published(r["subject"], method))]
-        row(r["label"], r["tokens"], r["channels"], *cells)
-    table("SEP bandwidth at 50/60/70/80/90 % (EM)", SEP_NOTE,
-          "model", "bandwidth", "published", "channels permuted", "mean difference of the curves (points)")
-    for r in results:
-        difference = np.abs(np.subtract(r["sep"], r["sep_permuted"])).mean()
-        rows = r["bands"], published(r["subject"], "bands"), r["bands_permuted"]
-        row(r["label"], *(listed(values, ".3f") for values in rows), f"{difference:.3f}")
-    table(f"Intensity by depth, compared with {results[0]['label']} (SK)", "",
-          "model", "Pearson's r of the profiles", "mean distance (octaves)")
-    for r in results[1:]:
-        row(r["label"], *(f"{value:.3f}" for value in closeness(r, results[0])))
-    (out / "summary.md").write_text("\n".join(last) + "\n", encoding="utf-8")
+    lines = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`"]
+    ends = ("first", "minimum (layer)", "last")
+    lines += markdown("Depth (DD Figs. 1, 2, 5, 6)",
+                      "Layers counted from 1. A U falls to a minimum inside and rises again.",
+                      ["model", "entropy range", *ends, "published minimum", *(f"magnitude {end}" for end in ends)],
+                      [[r["label"], name, *depth(r, entropy), published(r["subject"], "minimum") or "-",
+                        *depth(r, r["magnitude"])] for r in results for name, entropy in r["entropy"].items()])
+    lines += markdown("Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)",
+                      "No SVD rank can exceed min(N tokens, C channels), no PCA rank C.",
+                      ["model", "N", "C", "SVD", "published", "dataset PCA", "published"],
+                      [[r["label"], r["tokens"], r["channels"], *ranks(r, "svd"), *ranks(r, "pca")] for r in results])
+    lines += markdown("SEP bandwidth at 50/60/70/80/90 % (EM)", SEP_NOTE,
+                      ["model", "bandwidth", "published", "channels permuted", "mean difference (points)"],
+                      [[r["label"], *sep(r)] for r in results])
+    lines += markdown(f"Intensity by depth, compared with {results[0]['label']} (SK)", "",
+                      ["model", "Pearson's r of the profiles", "mean distance (octaves)"],
+                      [[r["label"], *(f"{value:.3f}" for value in closeness(r, results[0]))] for r in results[1:]])
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -670,41 +662,41 @@ def draw_all(results, out):
 def evolution(args, device):
     """Entropy by layer at the snapshots of runs: evolution.csv, and a figure a kind of range with a panel a run."""
     runs = [Path(text) for text in args.evolution]
-    names, owners, subjects, loads = endings([run.resolve() for run in runs]), [], [], []
-    for run, name in zip(runs, names):
+    owners, subjects, loads = [], [], []
+    for run, name in zip(runs, endings([run.resolve() for run in runs])):
         snapshots = sorted(run.glob("epoch_*.pt"))
         if not snapshots:
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
         load = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
-        for snapshot in snapshots:
-            owners.append((name, int(snapshot.stem.removeprefix("epoch_"))))
-            subjects.append(open_student(run, args, device, snapshot.name))
-            loads.append(load)
+        owners += [(name, int(snapshot.stem.removeprefix("epoch_"))) for snapshot in snapshots]
+        subjects += [open_student(run, args, device, snapshot.name) for snapshot in snapshots]
+        loads += [load] * len(snapshots)
     results = measure(subjects, loads, args, device)
     clear(args.out)
     write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "module", "range", "entropy_bits"),
-              [(*owner, *row[:2], name, row[2]) for owner, r in zip(owners, results)
-               for name, values in r["entropy"].items() for row in zip(r["numbers"], r["modules"], values)])
+              [(*owner, number, module, name, value) for owner, r in zip(owners, results)
+               for name, values in r["entropy"].items()
+               for number, module, value in zip(r["numbers"], r["modules"], values)])
     for name in args.entropy_range:
-        lines = [(*owner, r["numbers"], r["entropy"][name]) for owner, r in zip(owners, results)]
-        draw_evolution(names, lines, f"Entropy by layer over training (DD Fig. 4):\n{RANGES[name].format('snapshot')}",
-                       args.out / named("evolution", name))
+        draw_evolution(owners, results, name, args.out / named("evolution", name))
 
 
-def draw_evolution(names, lines, title, path):
+def draw_evolution(owners, results, range_name, path):
     plt = plotter()
+    names = list(dict.fromkeys(name for name, _ in owners))
     figure, grid = plt.subplots(1, len(names), figsize=(max(2.4 * len(names) + 0.8, 5.5), 3.6), layout="constrained",
                                 squeeze=False, sharey=True)
     for axes, name in zip(grid[0], names):
-        own = [line[1:] for line in lines if line[0] == name]
-        for i, (epoch, numbers, values) in enumerate(own):
-            last, shade = i == len(own) - 1, 0.85 * (1 - i / max(1, len(own) - 1))      # light: early, black: the last
-            axes.plot(numbers, values, color=str(shade), marker="o" if last else None, markersize=3,
-                      label=f"epoch {epoch}" if last or i in (0, len(own) // 2) else None)
+        lines = [(epoch, r) for (owner, epoch), r in zip(owners, results) if owner == name]
+        for i, (epoch, r) in enumerate(lines):
+            last = i == len(lines) - 1
+            axes.plot(r["numbers"], r["entropy"][range_name], marker="o" if last else None, markersize=3,
+                      color=str(0.85 * (1 - i / max(1, len(lines) - 1))),                   # light: early, black: last
+                      label=f"epoch {epoch}" if last or i in (0, len(lines) // 2) else None)
         axes.set_title(name, fontsize=10)
-        axes.set(xlabel="layer", xticks=numbers[::max(1, len(numbers) // 6)])
+        axes.set(xlabel="layer", xticks=r["numbers"][::max(1, len(r["numbers"]) // 6)])
     grid[0, 0].set_ylabel("entropy (bits)")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"Entropy by layer in training (DD Fig. 4):\n{RANGES[range_name].format('snapshot')}", fontsize=10)
     finish(plt, figure, path, legend=grid[0, -1], ncols=3)
 
 
@@ -729,8 +721,8 @@ def read_study(path):
 
 
 def write_study(runs, path):
-    first, *others = [run["settings"] for run in runs]
-    common = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+    common = {key: value for key, value in runs[0]["settings"].items()
+              if all(key in run["settings"] and run["settings"][key] == value for run in runs)}
     own = [{**run, "settings": {k: v for k, v in run["settings"].items() if k not in common}} for run in runs]
     part = path.with_suffix(".part")                                    # the folders may be gone: never half a file
     part.write_text("".join(f"{json.dumps(line)}\n" for line in ({"common": common}, *own)), encoding="utf-8")
@@ -801,12 +793,14 @@ def draw_study(top1, path):
 
 
 def dose_line(run):
-    """What a feature run compares, where: "spectral (mse), layer 12"."""
-    settings, layers = run["settings"], [layer + 1 for layer in run["layers"]["student"]]
-    term = next(iter({*run["terms"]} - {"ce", "kd"}))
-    what = settings["method"] if term == settings["method"] else f"{settings['method']} ({term})"
-    norm = ", norm none" if settings.get("norm") == "none" else ""
-    return f"{what}{norm}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    """What a feature run compares, and in which layers: "mse, layer 12", "lift (mse), layer 12"."""
+    settings, layers = run["settings"], [str(layer + 1) for layer in run["layers"]["student"]]
+    what, = {*run["terms"]} - {"ce", "kd"}
+    if settings["method"] not in ("spectral", what):
+        what = f"{settings['method']} ({what})"
+    if settings.get("norm") == "none":
+        what += ", norm none"
+    return f"{what}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
 
 def draw_dose(runs, path):
@@ -831,21 +825,22 @@ def draw_dose(runs, path):
     handles = {}
     for axes, (held, lines) in zip(grid[0], panels.items()):
         axes.set_xscale("log")
-        for (variant, values), hatch in zip(sorted(soft.get(held, {}).items(), reverse=True), ("", "///", "...")):
+        for variant, values in soft.get(held, {}).items():
             mean, spread = moments(values)
-            label = "soft, beta 0" + f", {variant}" * (variant != "plain")
+            label = "soft, beta 0" if variant == "plain" else f"soft, beta 0, {variant}"
             handles[label] = axes.axhspan(mean - np.nan_to_num(spread), mean + np.nan_to_num(spread), alpha=0.3,
-                                          facecolor="gray", edgecolor="black", linewidth=0.8, hatch=hatch, label=label)
+                                          facecolor="gray", edgecolor="black", linewidth=0.8,
+                                          hatch={"plain": "", "lifted": "///"}.get(variant, "..."))
             axes.errorbar(betas[0] / 4, mean, yerr=spread, fmt="s", color="black", capsize=3)
         for name, doses in sorted(lines.items()):
             i = names.index(name)
             beta, values = zip(*sorted(doses.items()))
             x = np.array(beta) * 1.3 ** ((i + 0.5) / len(names) - 0.5)  # side by side
-            handles[name] = axes.errorbar(x, *zip(*map(moments, values)), capsize=3, label=name, **style(i))
-        axes.set_xticks([betas[0] / 4, *betas], ["0", *(f"{beta:g}" for beta in betas)])
+            handles[name] = axes.errorbar(x, *zip(*map(moments, values)), capsize=3, **style(i))
+        axes.set_xticks([betas[0] / 4, *betas], ["0", *(f"{beta:g}" for beta in betas)], fontsize=8)
         axes.xaxis.minorticks_off()
         differs = [key for key, _ in held if len({dict(other)[key] for other in panels}) > 1]
-        axes.set_title("\n".join(f"{key} {dict(held)[key]}" for key in differs), fontsize=9)
+        axes.set_title("\n".join(f"{key} {dict(held)[key]}".replace("null", "default") for key in differs), fontsize=9)
         axes.set_xlabel("beta, the weight of the feature loss")
     grid[0, 0].set_ylabel("validation top-1 (%), mean +- std of seeds")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)

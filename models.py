@@ -192,9 +192,11 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         try:
             return create(pretrained=True)
         except Exception as error:                                      # hub, network and cache errors of many kinds
-            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file with "
-                             f"--teacher-weights): {_one_line(error)}") from error
+            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
+                             f"instead): {_one_line(error)}") from error
     model = create()
+    if not model.feature_info:
+        raise ValueError(f"{name} was given no layers: {timm_kwargs}")
     reduction = model.feature_info[-1]["reduction"]
     if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
         raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")

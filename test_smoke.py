@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import analyze
 import data
@@ -421,15 +422,15 @@ def test_analysis_of_the_newest_run(tmp_path, monkeypatch, capsys):
     assert {*os.listdir("out")} - {*named} == {"notes.txt", "study.jsonl"}
 
 
-@pytest.mark.parametrize("weights, label", [("random", "untrained cait_toy"), ("teacher", "teacher lifted")])
-def test_teachers_of_runs(tmp_path, monkeypatch, weights, label):
+@pytest.mark.parametrize("weights, label", [("random", "untrained cait_toy"), ("", "teacher lifted deit_toy")])
+def test_teachers_of_runs(tmp_path, weights, label):
     """A teacher may be random, or another run's student."""
-    if weights == "teacher":
+    if not weights:
         weights = str(make_run(tmp_path / "teacher", "none", variant="lifted"))
     run = make_run(tmp_path / "run", teacher_weights=weights)
     args = analyze.parse_args(["--layers", "0", "--no-controls"])
     teacher, student = analyze.open_subjects(args, torch.device("cpu"), run)
-    assert (teacher.label, student.label) == (label if weights == "random" else "teacher deit_toy", "student run")
+    assert (teacher.label, student.label) == (label, "student run")
     assert not analyze.published(teacher, "svd")
 
 
@@ -524,21 +525,27 @@ def test_sep_is_flat_because_channels_have_no_order():
     assert shifted == pytest.approx([0.005, 0.20, 0.41, 0.60, 0.80], abs=0.01)
 
 
-def test_devices(monkeypatch):
-    """MPS knows neither float64 nor eigvalsh: what is measured comes to the CPU first."""
-    cuda = mps = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+def test_device_by_default(monkeypatch):
+    there = {"cuda": False, "mps": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
     assert analyze.choose_device(None).type == "cpu"
     with pytest.raises(ValueError, match="no MPS device"):
         analyze.choose_device("mps")
-    mps = True
-    assert analyze.choose_device(None).type == "mps" and analyze.choose_device("cpu").type == "cpu"
-    cuda = True
-    assert analyze.choose_device(None).type == "cuda"
-    args = analyze.parse_args(["--models", "deit_toy_patch8_32=random"])
-    subject, _, noise = analyze.open_subjects(args, torch.device("cpu"))[:3]
-    assert subject.maps is not None and noise is not None
+    for device in ("mps", "cuda"):
+        there[device] = True
+        assert analyze.choose_device(None).type == device and analyze.choose_device("cpu").type == "cpu"
+
+
+def test_maps_leave_mps():
+    """MPS has neither float64 nor eigvalsh: the model runs there (here: in name only), and the CPU measures."""
+    args = analyze.parse_args(["--models", "cait_toy_patch8_32=random"])
+    subject, noise, pattern = analyze.open_subjects(args, torch.device("cpu"))
+    with FakeTensorMode():
+        subject.model = lambda images: (None, [torch.empty(len(images), 96, 4, 4, device="mps") for _ in range(12)])
+        for each in (subject, noise, pattern):
+            maps = each.maps(0, torch.empty(2, 3, 32, 32))
+            assert [(A.device.type, A.shape) for A in maps] == [("cpu", (2, 96, 4, 4))] * 12
 
 
 def test_an_image_too_large(tmp_path, capsys):
@@ -648,6 +655,7 @@ ANALYZE_MISTAKES = {
     "evolution of nothing": ("--evolution {0}/norun", "norun"),
     "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
     "kwargs": ("--models deit_toy_patch8_32=random --model-kwargs nope=1", "nope"),
+    "depth 0": ("--models deit_toy_patch8_32=random --model-kwargs depth=0", "no layers"),
     "kwargs without value": ("--models deit_toy_patch8_32=random --model-kwargs depth", "KEY=VALUE"),
     "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
     "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"),

@@ -225,13 +225,14 @@ class Control:
 
     def __init__(self, label, subject, seed):
         self.kind, self.name, self.label, self.subject, self.seed = "control", label, label, subject, seed
+        self.like = None
         self.transform, self.modules, self.numbers, self.depth = (
             subject.transform, subject.modules, subject.numbers, subject.depth)
 
     def maps(self, start, images):
         generator = torch.Generator().manual_seed(data.seed_of(self.seed, start))
-        maps = []
-        for like in self.subject.maps(start, images[:1]):
+        self.like, maps = self.like or self.subject.maps(start, images[:1]), []
+        for like in self.like:
             count, (C, h, w) = len(images), like.shape[1:]
             shapes = [(count, C, h, w)] if self.label == "white noise" else [(count, C, 1, 1), (count, 1, h, w)]
             maps.append(math.prod(torch.randn(shape, generator=generator) for shape in shapes).to(like.device))
@@ -430,7 +431,10 @@ def published(subject, key):
 # ----------------------------------------------------------------------------------------------------
 # Numbers to files
 
-BY_LAYER = ("magnitude", "intensity", "svd_layers")
+BY_LAYER = {                                                            # a column, an axis and a title for each
+    "magnitude": ("mean_abs_activation", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
+    "intensity": ("mean_spectrum", "mean of S[k] over k", "Intensity by layer (SK)"),
+    "svd_layers": ("mean_rank_99", "mean rank at 99 % energy", "SVD rank by layer (EM)")}
 FILES = {"summary.md", "study.png", "dose.png",                         # what this file writes, but for study.jsonl
          *(f"{stem}{tail}.{end}" for stem in ("entropy", "evolution") for tail in ("", *(f"_{name}" for name in RANGES))
            for end in ("csv", "png")),
@@ -458,7 +462,7 @@ def write_tables(results, out):
     write_csv(out / "entropy.csv", (*head, "range", "entropy_bits"),
               [(*row, name, value) for r in results for name, values in r["entropy"].items()
                for *row, value in by_layer(r, values)])
-    for key, column in zip(BY_LAYER, ("mean_abs_activation", "mean_spectrum", "mean_rank_99")):
+    for key, (column, _, _) in BY_LAYER.items():
         write_csv(out / f"{key}.csv", (*head, column), [row for r in results for row in by_layer(r, r[key])])
     write_csv(out / "spectra.csv", (*head, "k", "magnitude"),
               [(*row, k, value) for r in results for *row, S in by_layer(r, r["spectra"]) for k, value in enumerate(S)])
@@ -541,7 +545,8 @@ def plotter():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "axes.grid": True,
-                         "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 80})
+                         "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 80,
+                         "figure.constrained_layout.use": True})
     return plt
 
 
@@ -565,7 +570,7 @@ def named(stem, range_name):
 def draw_by_depth(results, series, ylabel, title, path):
     """One line a model; models of other depths share the axis by relative depth."""
     plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
     same = len({tuple(r["numbers"]) for r in results}) == 1
     for i, r in enumerate(results):
         x = np.array(r["numbers"]) if same else (np.array(r["numbers"]) - 1) / max(1, r["subject"].depth - 1)
@@ -583,7 +588,7 @@ def draw_spectra(results, path):
     picks = [sorted({0, 1, d // 2 - 1, d // 2, d - 2, d - 1}) if d >= 6 else sorted({0, d - 1})
              for d in (len(r["modules"]) for r in results)]
     columns = max(map(len, picks))
-    figure = plt.figure(figsize=(max(1.6 * columns + 0.6, 5), 1.75 * len(results) + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(max(1.6 * columns + 0.6, 5), 1.75 * len(results) + 0.4))
     for r, strip, pick in zip(results, np.atleast_1d(figure.subfigures(len(results), 1)), picks):
         strip.suptitle(r["label"], fontsize=10, fontweight="bold", x=0.01, ha="left")
         row = strip.subplots(1, columns, sharey=True, squeeze=False)[0]
@@ -610,8 +615,8 @@ def draw_spectra(results, path):
 def draw_ranks(results, path):
     """EM: histogram over images of the rank at 99 % energy, by SVD of each and in the PCA basis of all."""
     plt = plotter()
-    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.35 * len(results) + 0.9), layout="constrained",
-                                  squeeze=False, sharex=True)
+    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.35 * len(results) + 0.9), squeeze=False,
+                                  sharex=True)
     widest = max(r["channels"] for r in results)
     bins = np.arange(0.5, widest + max(1, widest // 48) + 0.5, max(1, widest // 48))
     for r, axes in zip(results, panels[:, 0]):
@@ -630,7 +635,7 @@ def draw_ranks(results, path):
 def draw_sep(results, path):
     """EM: SEP curves over the share of channels, and what each curve differs by from the diagonal."""
     plt = plotter()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8 + 0.1 * len(results)), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8 + 0.1 * len(results)))
     for i, r in enumerate(results):
         share = np.arange(1, len(r["sep"]) + 1) / len(r["sep"])
         left.plot(share, r["sep"], label=r["label"], **style(i, markers=False))
@@ -645,9 +650,7 @@ def draw_all(results, out):
     for name in results[0]["entropy"]:
         draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)",
                       f"Entropy by layer (DD Eq. 3-5):\n{RANGES[name].format('model')}", out / named("entropy", name))
-    for key, ylabel, title in (("magnitude", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
-                               ("intensity", "mean of S[k] over k", "Intensity by layer (SK)"),
-                               ("svd_layers", "mean rank at 99 % energy", "SVD rank by layer (EM)")):
+    for key, (_, ylabel, title) in BY_LAYER.items():
         if None not in results[0][key]:
             draw_by_depth(results, lambda r: r[key], ylabel, title, out / f"{key}.png")
     draw_spectra(results, out / "spectra.png")
@@ -684,7 +687,7 @@ def evolution(args, device):
 def draw_evolution(owners, results, range_name, path):
     plt = plotter()
     names = list(dict.fromkeys(name for name, _ in owners))
-    figure, grid = plt.subplots(1, len(names), figsize=(max(2.4 * len(names) + 0.8, 5.5), 3.6), layout="constrained",
+    figure, grid = plt.subplots(1, len(names), figsize=(max(2.4 * len(names) + 0.8, 5.5), 3.6),
                                 squeeze=False, sharey=True)
     for axes, name in zip(grid[0], names):
         lines = [(epoch, r) for (owner, epoch), r in zip(owners, results) if owner == name]
@@ -767,29 +770,23 @@ def study(source, out):
     for run in runs:
         top1.setdefault(run["name"], []).append(run["top1"][-1])
     top1 = sorted(top1.items(), key=lambda item: np.mean(item[1]))
+    plt = plotter()
+    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1))
     print("| run | n | top-1 of each seed | mean +- standard deviation |\n|---|---|---|---|")
-    for name, values in top1:
+    for y, (name, values) in enumerate(top1):
         mean, spread = moments(values)
         each = " ".join(f"{value:.2f}" for value in values)
         print(f"| {name} | {len(values)} | {each} | {mean:.2f} +- {spread:.2f} |")
-    draw_study(top1, out / "study.png")
+        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
+        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
+    axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
+             yticklabels=[name for name, _ in top1])
+    finish(plt, figure, out / "study.png")
     draw_dose(runs, out / "dose.png")
 
 
 def moments(values):
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
-
-
-def draw_study(top1, path):
-    plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1), layout="constrained")
-    for y, (name, values) in enumerate(top1):
-        mean, spread = moments(values)
-        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
-        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
-    axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
-             yticklabels=[name for name, _ in top1])
-    finish(plt, figure, path)
 
 
 def dose_line(run):
@@ -818,8 +815,7 @@ def draw_dose(runs, path):
     if not panels:
         return
     plt = plotter()
-    figure, grid = plt.subplots(1, len(panels), figsize=(max(3.6 * len(panels), 7), 5.4), layout="constrained",
-                                squeeze=False)
+    figure, grid = plt.subplots(1, len(panels), figsize=(max(3.6 * len(panels), 7), 5.4), squeeze=False)
     names = sorted({name for lines in panels.values() for name in lines})
     betas = sorted({beta for lines in panels.values() for doses in lines.values() for beta in doses})
     handles = {}
@@ -911,16 +907,12 @@ def choose_device(name):
     return torch.device(name)
 
 
-def newest_run():
-    weights = sorted(Path("runs").glob("**/student.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not weights:
-        raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train first")
-    return weights[-1].parent
-
-
 def analyse(args, device):
     """The models of the command line, or those of the newest run: every metric, table and figure."""
-    run = None if args.models else newest_run()
+    runs = sorted(Path("runs").glob("**/student.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not args.models and not runs:
+        raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train first")
+    run = None if args.models else runs[-1].parent
     args.data = args.data or (read_config(run)["settings"]["data"] if run else "shapes")
     load = open_images(args.data, args.images, args.seed)
     subjects = open_subjects(args, device, run)

@@ -137,7 +137,8 @@ def sep_curve(X):
     """EM, Spectral Energy Pattern: the cumulative |FFT over channels|^2 of a token, in index order 0..C-1, in % of its
     whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros, which have no pattern, are left out.
 
-    Channels in no order give the diagonal, be it noise or a model; only channels alike to their neighbours leave it.
+    Channels in no order give the diagonal, be it noise or a model: what leaves it are a mean other than 0 (index 0)
+    and channels like their neighbours.
     """
     C = X.shape[-1]
     tokens = _full(X.reshape(-1, C))
@@ -483,9 +484,9 @@ def closeness(result, reference):
 
 
 SEP_NOTE = """Beside noise and the rank-1 pattern, because SEP alone says little: the channel index has no order, so a
-token's spectrum over it is flat on average, and the cumulative curve of a flat spectrum is the diagonal,
-.5/.6/.7/.8/.9, whatever the rank. Nearness to it says that neighbouring channels are unrelated, and no more. (The
-symmetry of a real signal's spectrum is not the reason, it only mirrors the curve: noise + 1 has .005/.2/.41/.6/.8.)"""
+token's spectrum over it is flat on average, but for frequency 0, its mean; and the cumulative curve of a flat spectrum
+is the diagonal, .5/.6/.7/.8/.9, whatever the rank. Nearness to it says that neighbouring channels are unrelated, and
+no more. (The symmetry of a real signal's spectrum only mirrors the curve: noise + 1 has .005/.20/.41/.60/.80.)"""
 
 
 def markdown(title, note, columns, rows):

@@ -379,8 +379,8 @@ def make_run(folder, method="soft", log=(), seed=0, **settings):
     folder.mkdir(parents=True)
     settings = {"method": method, "student": "deit_toy_patch8_32", "variant": "plain", "img_size": 32, "data": "shapes",
                 "student_kwargs": {"depth": 2, "embed_dim": 24}, "teacher": "cait_toy_patch8_32",
-                "teacher_kwargs": None, "teacher_weights": "weights/cait_toy_shapes.safetensors", "epochs": len(log), "seed": seed,
-                "out": str(folder), **settings}
+                "teacher_kwargs": None, "teacher_weights": "weights/cait_toy_shapes.safetensors", "epochs": len(log),
+                "seed": seed, "out": str(folder), **settings}
     config = {"settings": settings, "images": {"classes": 20}, "parameters": {"student": 7}, "commit": "c",
               "versions": {"torch": "t"}, "command": "train_kd.py", "layers": {"student": settings.pop("layers", [])}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

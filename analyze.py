@@ -5,18 +5,25 @@
     python analyze.py --models deit_tiny_patch16_224=weights.safetensors deit_tiny_patch16_224=random --data DIR
     python analyze.py --models cait_toy_patch8_32=weights/cait_toy_shapes.safetensors runs/spectral runs/none
     python analyze.py --evolution runs/soft runs/spectral          # DD Fig. 4: entropy by layer over training
-    python analyze.py --study results/study                        # accuracy by method, over seeds
+    python analyze.py --study runs/study --out results             # accuracy by method and by dose, over seeds
 
 A model is a timm name (pretrained), NAME=FILE, NAME=random, or the folder of a run (its student). The first is the
 one that the others are compared with. Each CSV lies beside the PNG that is drawn from it; summary.md puts the
-published numbers beside ours. Notation: A a layer's feature map [B, C, h, w]; X its tokens [B, N, C].
+published numbers beside ours. Layers count from 1, as in the papers; only --layers has timm's indices, from 0.
+Notation: A a layer's feature map [B, C, h, w]; X its tokens [B, N, C].
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                        # Ctrl-C: no traceback, even while importing
+
 import argparse
 import csv
 import json
 import math
-import os
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +36,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import data
-from models import HookedModel, build_model, read_weights, stages
+from models import HookedModel, build_model, load_student, read_config, stages
 
+HERE = Path(__file__).resolve().parent
 LEVELS = (0.80, 0.90, 0.95, 0.99)                                       # shares of energy (EM tables)
 BANDS = (50, 60, 70, 80, 90)                                            # % of energy (EM, SEP)
 BINS = 100                                                              # DD Section 2.2
@@ -127,7 +135,11 @@ def _smallest_k(energies, levels):
 
 def sep_curve(X):
     """EM, Spectral Energy Pattern: the cumulative |FFT over channels|^2 of a token, in index order 0..C-1, in % of its
-    whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros, which have no pattern, are left out."""
+    whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros, which have no pattern, are left out.
+
+    Channels in no order give the diagonal, be it noise or a model: what leaves it are a mean other than 0 (index 0)
+    and channels like their neighbours.
+    """
     C = X.shape[-1]
     tokens = _full(X.reshape(-1, C))
     energy = _mirrored(torch.fft.rfft(tokens, dim=-1).abs().square(), C)
@@ -151,6 +163,8 @@ def _full(x):
 # ----------------------------------------------------------------------------------------------------
 # What is measured: images, models, null controls
 
+EMBEDDED = "weights/cait_toy_shapes.safetensors"                        # the teacher that comes with this file
+
 
 def open_images(name, count, seed):
     """`count` random images of a folder (searched in depth; its val/ if it has one) or of a data set's validation half.
@@ -164,7 +178,7 @@ def open_images(name, count, seed):
     elif folder.is_dir():
         folder = folder / "val" if (folder / "val").is_dir() else folder
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        found = [lambda path=path: load_image(path) for path in paths]
+        found = [partial(load_image, path) for path in paths]
     else:
         raise ValueError(f"{name} is neither a folder of images nor shapes, torch/NAME or hfds/NAME")
     if not found:
@@ -176,127 +190,184 @@ def open_images(name, count, seed):
 def load_image(path):
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 class Subject:
-    """A model to be measured: `maps(start, images)` are the feature maps of its layers for one batch of images."""
+    """A model to be measured. `kind`: teacher, student, model, untrained; `label`: its name in tables and legends.
 
-    def __init__(self, label, model, layers, device):
-        self.label, self.name = label, label.split("=")[0]
-        layers = stages(model) if layers is None else layers
+    `build(trained)` makes the timm model. `numbers`: its layers counted from 1 (a CNN's stem is 0), of `depth`.
+    """
+
+    def __init__(self, kind, name, path, build, args, device):
+        self.kind, self.name, self.path, self.build = kind, name, path, build
+        short = name.replace("_patch8_32", "")
+        self.label = f"student {path.name}" if kind == "student" else short if kind == "model" else f"{kind} {short}"
+        torch.manual_seed(args.seed)
+        model = build(kind != "untrained")
+        blocks = stages(model) or list(range(len(model.feature_info)))
+        layers = args.layers or blocks
         self.model = HookedModel(model, layers).eval().to(device)
         config = resolve_model_data_config(model)
         self.transform = create_transform(**{**config, "input_size": config["input_size"][-1]})
         self.modules = [model.feature_info[layer]["module"] for layer in layers]
+        self.numbers, self.depth = [layer - blocks[0] + 1 for layer in layers], len(blocks)
 
     def maps(self, start, images):
-        return self.model(images)[1]
+        """The feature maps of the layers for one batch of images, the first of which is number `start`."""
+        maps = self.model(images)[1]
+        # MPS knows neither float64 nor eigvalsh: there the model runs, and the CPU measures.
+        return [A.cpu() if A.device.type == "mps" else A for A in maps]
 
 
 class Control:
-    """Feature maps that hold nothing, shaped as a subject's: Gaussian noise, or one pattern times one weight a token."""
+    """Maps that hold nothing, shaped as a subject's: Gaussian noise, or one pattern times one weight a token."""
 
     def __init__(self, label, subject, seed):
-        self.label = self.name = label
-        self.subject, self.transform, self.modules = subject, subject.transform, subject.modules
-        self.seed, self.shapes = seed, None
+        self.kind, self.name, self.label, self.subject, self.seed = "control", label, label, subject, seed
+        self.like = None
+        self.transform, self.modules, self.numbers, self.depth = (
+            subject.transform, subject.modules, subject.numbers, subject.depth)
 
     def maps(self, start, images):
-        if self.shapes is None:
-            self.shapes = [A.shape[1:] for A in self.subject.maps(start, images[:1])]
-        generator = torch.Generator(images.device).manual_seed(data.seed_of(self.seed, start))
-        draw = lambda *shape: torch.randn(len(images), *shape, generator=generator, device=images.device)
-        if self.label == "white noise":
-            return [draw(*shape) for shape in self.shapes]
-        return [draw(C, 1, 1) * draw(1, h, w) for C, h, w in self.shapes]
+        generator = torch.Generator().manual_seed(data.seed_of(self.seed, start))
+        self.like, maps = self.like or self.subject.maps(start, images[:1]), []
+        for like in self.like:
+            count, (C, h, w) = len(images), like.shape[1:]
+            shapes = [(count, C, h, w)] if self.label == "white noise" else [(count, C, 1, 1), (count, 1, h, w)]
+            maps.append(math.prod(torch.randn(shape, generator=generator) for shape in shapes).to(like.device))
+        return maps
 
 
-def open_subjects(args, device):
-    subjects = []
-    for text in args.models:
-        torch.manual_seed(args.seed)
-        name, is_file, source = text.partition("=")                         # no folders in tables and legends
-        label = f"{name}={Path(source).name}" if is_file else Path(name).name
-        subjects.append(Subject(label, open_model(text, args), args.layers, device))
+def open_subjects(args, device, run=None):
+    """The models of --models, or teacher and student of a run; with --controls the first one's null controls."""
+    subjects = open_teacher(run, args, device) if run else []
+    for text in args.models or [str(run)]:
+        if (Path(text) / "config.json").is_file():
+            subjects.append(open_student(Path(text), args, device))
+        else:
+            name, _, source = text.partition("=")
+            subjects.append(open_model("model", name, source, args.img_size, args.model_kwargs or {}, args, device))
+    first = subjects[0]
     if args.controls:
-        first = subjects[0]
-        if not any(subject.label == f"{first.name}=random" for subject in subjects) and timm.is_model(first.name):
-            torch.manual_seed(args.seed)
-            subjects.append(Subject(f"{first.name}=random", open_model(f"{first.name}=random", args), args.layers, device))
+        if ("untrained", first.name) not in [(subject.kind, subject.name) for subject in subjects]:
+            subjects.append(Subject("untrained", first.name, None, first.build, args, device))
         subjects += [Control(label, first, args.seed) for label in ("white noise", "rank 1")]
+    tell_apart(subjects)
     return subjects
 
 
-def open_model(text, args):
-    """NAME, NAME=FILE, NAME=random or the folder of a run -> a timm model. Its classifier does not matter here."""
-    if (Path(text) / "config.json").is_file():
-        return open_student(Path(text), "student.safetensors")
-    name, _, source = text.partition("=")
-    classes = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else 1
-    return build_model(name, num_classes=classes, img_size=args.img_size, pretrained=not source, random_head=True,
-                       weights=None if source in ("", "random") else source, **args.model_kwargs or {})
+def open_model(kind, name, source, img_size, options, args, device):
+    """A timm model with its pretrained weights, those of the file `source`, or none (source "random")."""
+    classes = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else 1   # no matter: only maps are used
+
+    def build(trained):
+        return build_model(name, num_classes=classes, img_size=img_size, random_head=True, **options,
+                           pretrained=trained and not source, weights=source if trained else None)
+
+    if source == "random":
+        return Subject("untrained", name, None, build, args, device)
+    return Subject(kind, name, Path(source).resolve() if source else None, build, args, device)
 
 
-def read_config(run):
-    return json.loads((run / "config.json").read_text())
+def open_student(run, args, device, file="student.safetensors", kind="student"):
+    settings = read_config(run)["settings"]
+    name = settings["student"] if settings["variant"] == "plain" else f"{settings['variant']} {settings['student']}"
+    return Subject(kind, name, run.resolve(), lambda trained: load_student(run, file, trained), args, device)
 
 
-def open_student(run, file):
-    """The student of a run, as `file` of its folder holds it."""
-    config = read_config(run)
-    settings = config["settings"]
-    if not (run / file).is_file():
-        raise ValueError(f"{run} has no {file}: the run has not got there yet")
-    state = read_weights(run / file)
-    classes, width = state["head.weight"].shape if "head.weight" in state else (config["images"]["classes"], None)
-    return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"], variant=settings["variant"],
-                       teacher_width=width, weights=run / file, **settings["student_kwargs"] or {})
+def open_teacher(run, args, device):
+    """The teacher of a run in a list, which is empty if it had none; on `shapes` the embedded one stands in."""
+    settings = read_config(run)["settings"]
+    if settings["method"] == "none":
+        settings.update(teacher="cait_toy_patch8_32", teacher_weights=EMBEDDED, teacher_kwargs=None, img_size=None)
+        if settings["data"] != "shapes":
+            return []
+    source = settings["teacher_weights"] or ""
+    if source and (Path(source) / "config.json").is_file():
+        return [open_student(Path(source), args, device, kind="teacher")]
+    if source == EMBEDDED:
+        source = str(HERE / source)                                     # from any working folder, as in train_kd.py
+    options = settings.get("teacher_kwargs") or {}
+    return [open_model("teacher", settings["teacher"], source, settings["img_size"], options, args, device)]
+
+
+def tell_apart(subjects):
+    """Make equal labels differ: those of runs by their parent folders, those of models by their files."""
+    labels = [subject.label for subject in subjects]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        alike = [subject for subject in subjects if subject.label == label]
+        for subject, name in zip(alike, endings([subject.path or Path() for subject in alike])):
+            subject.label = f"student {name}" if subject.kind == "student" else f"{label} ({name})" if name else label
+
+
+def endings(paths):
+    """The last name of each path, with as many of its parents as tell it apart. Raises ValueError for equals."""
+    if len({*paths}) < len(paths):
+        raise ValueError("the same model or run is given twice")
+    short = [path.name for path in paths]
+    for depth in range(2, max(len(path.parts) for path in paths) + 1):
+        short = ["/".join(path.parts[-depth:]) if short.count(name) > 1 else name for path, name in zip(paths, short)]
+    return short
 
 
 # ----------------------------------------------------------------------------------------------------
 # Streaming over the images
 
+RANGES = {"global": "each {} over its own range, all its layers together", "layer": "each layer over its own range",
+          "percentile": "each {} over its own 0.1 to 99.9 percentiles, all its layers together",
+          "shared": "all {}s over one range"}                           # of the entropy's histograms
+FINE = 2 ** 15                                                          # bins in arcsinh(1000 x), 0.1 % wide
 
-def batches(subject, load, size, device, label):
+
+def batches(subject, load, args, device, stage):
     """Yield (index of the first image, images [b, 3, H, W])."""
-    for start in tqdm(range(0, len(load), size), desc=label, leave=False, disable=None):
+    size = args.batch_size
+    for start in tqdm(range(0, len(load), size), desc=f"{subject.label}: {stage}", leave=False, disable=None):
         images = torch.stack([subject.transform(get()) for get in load[start:start + size]])
         yield start, images.to(device, non_blocking=True)
 
 
-@torch.inference_mode()
-def measure(subject, load, args, device):
-    """All metrics of a subject, in two passes over the images; nothing that grows with them is kept but the ranks.
+def measure(subjects, loads, args, device):
+    """All metrics of all subjects on their images; nothing that grows with the images is kept but the ranks."""
+    ends, moments = zip(*(find_ranges(*pair, args, device) for pair in zip(subjects, loads)))
+    shared = min(low for end in ends for low, _ in end["layer"]), max(high for end in ends for _, high in end["layer"])
+    for end in ends:
+        end["shared"] = [shared] * len(end["layer"])
+    return [find_metrics(*each, args, device) for each in zip(subjects, loads, ends, moments)]
 
-    First the ranges of the histograms and the second moment of the last layer (float64), then what depends on them.
-    """
+
+@torch.inference_mode()
+def find_ranges(subject, load, args, device):
+    """First pass: {kind of range: (lo, hi) of every layer}, and the second moment of the last layer's tokens."""
     count = len(subject.modules)
-    lows, highs, moment, tokens = torch.full((count,), math.inf), torch.full((count,), -math.inf), 0, 0
-    fine = torch.zeros(FINE + 1, dtype=torch.int64, device=device)
-    for start, images in batches(subject, load, args.batch_size, device, f"{subject.label}: ranges"):
+    lows, highs, fine, moment = torch.full((count,), math.inf), torch.full((count,), -math.inf), 0, 0
+    for start, images in batches(subject, load, args, device, "ranges"):
         maps = subject.maps(start, images)
         for layer, A in enumerate(maps):
             low, high = A.aminmax()
             lows[layer], highs[layer] = min(lows[layer], low.item()), max(highs[layer], high.item())
             if "percentile" in args.entropy_range:
-                fine += fine_counts(A)
-        X = tokens_of(maps[-1])
-        moment, tokens = moment + second_moment(X) * X.shape[0] * X.shape[1], tokens + X.shape[0] * X.shape[1]
+                fine = fine + fine_counts(A)
+        moment = moment + second_moment(tokens_of(maps[-1])) * len(images) / len(load)
     if not (lows.isfinite() & highs.isfinite()).all():
         raise ValueError(f"{subject.label} yields values that are not finite on these images")
     ranges = {"global": [(lows.min().item(), highs.max().item())] * count,
               "layer": list(zip(lows.tolist(), highs.tolist()))}
     if "percentile" in args.entropy_range:
         ranges["percentile"] = [fine_percentiles(fine, 0.001, 0.999)] * count
+    return ranges, moment
 
-    axes = _principal_axes(moment / tokens)
+
+@torch.inference_mode()
+def find_metrics(subject, load, ranges, moment, args, device):
+    """Second pass: everything else."""
+    count, axes = len(subject.modules), _principal_axes(moment)
     sums = {name: torch.zeros(count, dtype=torch.float64) for name in (*args.entropy_range, "magnitude")}
-    spectra, ranks, pca = [0] * count, [[] for _ in range(count)], []
-    sep = permuted = 0
-    permutation = torch.randperm(len(axes), generator=torch.Generator().manual_seed(args.seed)).to(device)
-    for start, images in batches(subject, load, args.batch_size, device, f"{subject.label}: metrics"):
+    spectra, ranks, pca, sep, permuted = [0] * count, [[] for _ in range(count)], [], 0, 0
+    permutation = torch.randperm(len(axes), generator=torch.Generator().manual_seed(args.seed)).to(axes.device)
+    for start, images in batches(subject, load, args, device, "metrics"):
         maps, weight = subject.maps(start, images), len(images) / len(load)
         for layer, A in enumerate(maps):
             for name in args.entropy_range:
@@ -309,17 +380,15 @@ def measure(subject, load, args, device):
         pca.append(_ranks_along(axes, X).cpu())
         sep += sep_curve(X).double() * weight
         permuted += sep_curve(X[..., permutation]).double() * weight
-    shape = tuple(maps[-1].shape[1:])
-    return {"label": subject.label, "name": subject.name, "modules": subject.modules, "shape": shape, "images": len(load),
-            "entropy": {name: sums[name].tolist() for name in args.entropy_range}, "magnitude": sums["magnitude"].tolist(),
+    return {"subject": subject, "label": subject.label, "numbers": subject.numbers, "modules": subject.modules,
+            "images": len(load), "tokens": X.shape[1], "channels": X.shape[2],
+            "entropy": {name: sums[name].tolist() for name in args.entropy_range},
+            "magnitude": sums["magnitude"].tolist(),
             "spectra": [S.tolist() for S in spectra], "intensity": [S.mean().item() for S in spectra],
             "svd_layers": [torch.cat(r)[:, -1].double().mean().item() if r else None for r in ranks],
             "svd": torch.cat(ranks[-1]).numpy(), "pca": torch.cat(pca).numpy(),
             "sep": sep.tolist(), "sep_permuted": permuted.tolist(),
             "bands": sep_bandwidth(sep).tolist(), "bands_permuted": sep_bandwidth(permuted).tolist()}
-
-
-FINE = 2 ** 15                                                          # bins in arcsinh(1000 x), 0.1 % wide at |x| > 0.001
 
 
 def fine_counts(A):
@@ -355,29 +424,49 @@ PUBLISHED = {
 }
 
 
+def published(subject, key):
+    """A published number, if this is one of the papers' models with trained weights."""
+    return PUBLISHED.get(subject.name, {}).get(key, ()) if subject.kind in ("teacher", "model") else ()
+
+
 # ----------------------------------------------------------------------------------------------------
 # Numbers to files
 
+BY_LAYER = {                                                            # a column, an axis and a title for each
+    "magnitude": ("mean_abs_activation", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
+    "intensity": ("mean_spectrum", "mean of S[k] over k", "Intensity by layer (SK)"),
+    "svd_layers": ("mean_rank_99", "mean rank at 99 % energy", "SVD rank by layer (EM)")}
+FILES = {"summary.md", "study.png", "dose.png",                         # what this file writes, but for study.jsonl
+         *(f"{stem}{tail}.{end}" for stem in ("entropy", "evolution") for tail in ("", *(f"_{name}" for name in RANGES))
+           for end in ("csv", "png")),
+         *(f"{stem}.{end}" for stem in (*BY_LAYER, "spectra", "ranks", "sep") for end in ("csv", "png"))}
+
+
+def clear(out):
+    """Remove what an earlier call has left in the folder `out`, and nothing else."""
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+
 
 def write_csv(path, header, rows):
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
 
 
 def write_tables(results, out):
-    by_layer = lambda key: [(r["label"], i, module, value) for r in results
-                            for i, (module, value) in enumerate(zip(r["modules"], r[key])) if value is not None]
-    write_csv(out / "entropy.csv", ("model", "layer", "module", "range", "entropy_bits"),
-              [(r["label"], i, module, name, value) for r in results for name, values in r["entropy"].items()
-               for i, (module, value) in enumerate(zip(r["modules"], values))])
-    write_csv(out / "magnitude.csv", ("model", "layer", "module", "mean_abs_activation"), by_layer("magnitude"))
-    write_csv(out / "intensity.csv", ("model", "layer", "module", "mean_spectrum"), by_layer("intensity"))
-    write_csv(out / "svd_layers.csv", ("model", "layer", "module", "mean_rank_99"), by_layer("svd_layers"))
-    write_csv(out / "spectra.csv", ("model", "layer", "module", "k", "magnitude"),
-              [(r["label"], i, module, k, value) for r in results
-               for i, (module, S) in enumerate(zip(r["modules"], r["spectra"])) for k, value in enumerate(S)])
+    def by_layer(r, values):
+        return [(r["label"], *row) for row in zip(r["numbers"], r["modules"], values) if row[-1] is not None]
+
+    head = ("model", "layer", "module")
+    write_csv(out / "entropy.csv", (*head, "range", "entropy_bits"),
+              [(*row, name, value) for r in results for name, values in r["entropy"].items()
+               for *row, value in by_layer(r, values)])
+    for key, (column, _, _) in BY_LAYER.items():
+        write_csv(out / f"{key}.csv", (*head, column), [row for r in results for row in by_layer(r, r[key])])
+    write_csv(out / "spectra.csv", (*head, "k", "magnitude"),
+              [(*row, k, value) for r in results for *row, S in by_layer(r, r["spectra"]) for k, value in enumerate(S)])
     write_csv(out / "ranks.csv", ("model", "image", "method", *(f"rank_{level:.0%}" for level in LEVELS)),
               [(r["label"], i, method, *map(int, row)) for r in results for method in ("svd", "pca")
                for i, row in enumerate(r[method])])
@@ -386,7 +475,7 @@ def write_tables(results, out):
 
 
 def closeness(result, reference):
-    """SK: how alike two intensity profiles are over relative depth: Pearson's r, and the mean |log2 ratio| (octaves)."""
+    """SK: how alike two intensity profiles are by relative depth: Pearson's r, and the mean |log2 ratio|."""
     depth = np.linspace(0, 1, len(reference["intensity"]))
     profile = np.interp(depth, np.linspace(0, 1, len(result["intensity"])), result["intensity"])
     flat = np.std(profile) < 1e-9 * np.mean(profile) or np.std(reference["intensity"]) == 0
@@ -394,42 +483,54 @@ def closeness(result, reference):
             np.abs(np.log2(profile / reference["intensity"])).mean())
 
 
+SEP_NOTE = """Beside noise and the rank-1 pattern, because SEP alone says little: the channel index has no order, so a
+token's spectrum over it is flat on average, but for frequency 0, its mean; and the cumulative curve of a flat spectrum
+is the diagonal, .5/.6/.7/.8/.9, whatever the rank. Nearness to it says that neighbouring channels are unrelated, and
+no more. (The symmetry of a real signal's spectrum only mirrors the curve: noise + 1 has .005/.20/.41/.60/.80.)"""
+
+
+def markdown(title, note, columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["", f"## {title}", "", *([note, ""] if note else []),
+            *(f"| {' | '.join(map(str, cells))} |" for cells in lines)]
+
+
 def write_summary(results, args, out):
     """summary.md: ours and, where a model is one of the papers', the published numbers."""
-    share = lambda values: "/".join(f"{value:.3f}".lstrip("0") for value in values)
-    whole = lambda values: "/".join(f"{value:.0f}" for value in values)
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    last = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`", "", "## Depth (DD Figs. 1, 2, 5, 6)",
-            "", "Layers counted from 1. A U falls to a minimum inside and rises again.", "",
-            "| model | entropy range | first | minimum (layer) | last | published minimum | magnitude first | minimum (layer) "
-            "| last |", "|---|---|---|---|---|---|---|---|---|"]
-    for r in results:
-        for name, entropy in r["entropy"].items():
-            cells = [f"{values[0]:.3f} | {min(values):.3f} ({int(np.argmin(values)) + 1}) | {values[-1]:.3f}"
-                     for values in (entropy, r["magnitude"])]
-            published = PUBLISHED.get(r["name"], {}).get("minimum", "-")
-            last.append(f"| {r['label']} | {name} | {cells[0]} | {published} | {cells[1]} |")
-    last += ["", "## Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)", "",
-             "| model | C | SVD | published | dataset PCA | published |", "|---|---|---|---|---|---|"]
-    for r in results:
-        published = PUBLISHED.get(r["name"], {}) if "=random" not in r["label"] else {}
-        percentile = [whole(np.round(np.percentile(r[method], 99, axis=0))) for method in ("svd", "pca")]
-        last.append(f"| {r['label']} | {r['shape'][0]} | {percentile[0]} | {whole(published.get('svd', ())) or '-'} | "
-                    f"{percentile[1]} | {whole(published.get('pca', ())) or '-'} |")
-    last += ["", "## SEP bandwidth at 50/60/70/80/90 % (EM)", "",
-             "The spectrum of real values is symmetric: anything comes out near .5/.6/.7/.8/.9, noise included.", "",
-             "| model | bandwidth | published | channels permuted | mean difference of the curves (points) |",
-             "|---|---|---|---|---|"]
-    for r in results:
-        published = PUBLISHED.get(r["name"], {}) if "=random" not in r["label"] else {}
+    def listed(values, form):
+        return "/".join(format(value, form).removeprefix("0") or "0" for value in values) or "-"
+
+    def depth(r, values):
+        return f"{values[0]:.3f}", f"{min(values):.3f} ({r['numbers'][int(np.argmin(values))]})", f"{values[-1]:.3f}"
+
+    def ranks(r, method):
+        ours = np.round(np.percentile(r[method], 99, axis=0))
+        return listed(ours, ".0f"), listed(published(r["subject"], method), ".0f")
+
+    def sep(r):
         difference = np.abs(np.subtract(r["sep"], r["sep_permuted"])).mean()
-        last.append(f"| {r['label']} | {share(r['bands'])} | {share(published.get('bands', ())) or '-'} | "
-                    f"{share(r['bands_permuted'])} | {difference:.3f} |")
-    last += ["", f"## Intensity by depth, compared with {results[0]['label']} (SK)", "",
-             "| model | Pearson's r of the profiles | mean distance (octaves) |", "|---|---|---|"]
-    for r in results[1:]:
-        last.append("| {} | {:.3f} | {:.3f} |".format(r["label"], *closeness(r, results[0])))
-    (out / "summary.md").write_text("\n".join(last) + "\n")
+        bands = r["bands"], published(r["subject"], "bands"), r["bands_permuted"]
+        return *(listed(values, ".3f") for values in bands), f"{difference:.3f}"
+
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    lines = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`"]
+    ends = ("first", "minimum (layer)", "last")
+    lines += markdown("Depth (DD Figs. 1, 2, 5, 6)",
+                      "Layers counted from 1. A U falls to a minimum inside and rises again.",
+                      ["model", "entropy range", *ends, "published minimum", *(f"magnitude {end}" for end in ends)],
+                      [[r["label"], name, *depth(r, entropy), published(r["subject"], "minimum") or "-",
+                        *depth(r, r["magnitude"])] for r in results for name, entropy in r["entropy"].items()])
+    lines += markdown("Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)",
+                      "No SVD rank can exceed min(N tokens, C channels), no PCA rank C.",
+                      ["model", "N", "C", "SVD", "published", "dataset PCA", "published"],
+                      [[r["label"], r["tokens"], r["channels"], *ranks(r, "svd"), *ranks(r, "pca")] for r in results])
+    lines += markdown("SEP bandwidth at 50/60/70/80/90 % (EM)", SEP_NOTE,
+                      ["model", "bandwidth", "published", "channels permuted", "mean difference (points)"],
+                      [[r["label"], *sep(r)] for r in results])
+    lines += markdown(f"Intensity by depth, compared with {results[0]['label']} (SK)", "",
+                      ["model", "Pearson's r of the profiles", "mean distance (octaves)"],
+                      [[r["label"], *(f"{value:.3f}" for value in closeness(r, results[0]))] for r in results[1:]])
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -445,33 +546,40 @@ def plotter():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "axes.grid": True,
-                         "grid.alpha": 0.3, "lines.linewidth": 1.4})
+                         "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 80,
+                         "figure.constrained_layout.use": True})
     return plt
 
 
 def style(i, markers=True):
-    marked = {"marker": MARKERS[i % 8], "markersize": 3.5} if markers else {}
+    marked = {"marker": MARKERS[(i + i // 8) % 8], "markersize": 3.5} if markers else {}
     return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], **marked)
 
 
-def finish(plt, figure, path, legend=None, dpi=80):
+def finish(plt, figure, path, legend=None, ncols=2):
     if legend:
-        figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=dpi)
+        figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
+    figure.savefig(path)
     plt.close(figure)
+
+
+def named(stem, range_name):
+    """entropy.png is over the papers' range; the others say theirs."""
+    return f"{stem}.png" if range_name == "global" else f"{stem}_{range_name}.png"
 
 
 def draw_by_depth(results, series, ylabel, title, path):
     """One line a model; models of other depths share the axis by relative depth."""
     plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    depths = {len(r["modules"]) for r in results}
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    same = len({tuple(r["numbers"]) for r in results}) == 1
     for i, r in enumerate(results):
-        values = series(r)
-        x = np.arange(1, len(values) + 1) if len(depths) == 1 else np.linspace(0, 1, len(values))
-        axes.plot(x, values, label=r["label"], **style(i))
-    axes.set(xlabel="layer" if len(depths) == 1 else "relative depth (0: first layer, 1: last)", ylabel=ylabel, title=title)
-    axes.locator_params(axis="x", integer=len(depths) == 1)
+        x = np.array(r["numbers"]) if same else (np.array(r["numbers"]) - 1) / max(1, r["subject"].depth - 1)
+        axes.plot(x, series(r), label=r["label"], **style(i))
+    axes.set(xlabel="layer" if same else "relative depth (0: first layer, 1: last)", ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
+    if same:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     finish(plt, figure, path, legend=axes)
 
 
@@ -481,41 +589,45 @@ def draw_spectra(results, path):
     picks = [sorted({0, 1, d // 2 - 1, d // 2, d - 2, d - 1}) if d >= 6 else sorted({0, d - 1})
              for d in (len(r["modules"]) for r in results)]
     columns = max(map(len, picks))
-    figure, grid = plt.subplots(len(results), columns, figsize=(2.2 * columns + 0.6, 1.9 * len(results)),
-                                layout="constrained", squeeze=False)
-    for r, row, pick in zip(results, grid, picks):
+    figure = plt.figure(figsize=(max(1.6 * columns + 0.6, 5), 1.75 * len(results) + 0.4))
+    for r, strip, pick in zip(results, np.atleast_1d(figure.subfigures(len(results), 1)), picks):
+        strip.suptitle(r["label"], fontsize=10, fontweight="bold", x=0.01, ha="left")
+        row = strip.subplots(1, columns, sharey=True, squeeze=False)[0]
         for axes in row[len(pick):]:
             axes.set_visible(False)
         for axes, layer in zip(row, pick):
             S = np.array(r["spectra"][layer])
             k = np.arange(len(S) // 2)
             axes.plot(k / len(S), S[:len(k)], color="black", linewidth=0.8)
-            axes.set_title(f"layer {layer + 1} of {len(r['modules'])}", fontsize=8)
-            axes.tick_params(labelsize=7)
+            axes.set_title(f"layer {r['numbers'][layer]} of {r['subject'].depth}", fontsize=8)
+            axes.tick_params(labelsize=8)
+            axes.set_xticks([0, 0.25, 0.5], ["0", ".25", ".5"])
         shown = np.concatenate([r["spectra"][layer][:len(r["spectra"][layer]) // 2] for layer in pick])
-        for axes in row[:len(pick)]:                                    # one scale a row
-            if shown.max() > 30 * np.median(shown):                     # low-pass: a line at 0 beside one peak otherwise
-                axes.set_yscale("log")
-                axes.set_ylim(shown.min() / 1.5, shown.max() * 1.5)
-            else:
-                axes.set_ylim(0, 1.05 * shown.max())
-        row[0].set_ylabel(r["label"] if len(r["label"]) < 30 else "..." + r["label"][-27:], fontsize=7)
-    figure.supxlabel("frequency over channels, k / C", fontsize=9)
-    figure.supylabel("S[k], mean magnitude", fontsize=9)
-    finish(plt, figure, path, dpi=80 if len(results) < 5 else 60)
+        if shown.max() > 30 * np.median(shown):                         # else a line at 0 beside one peak
+            row[0].set_yscale("log")
+            row[0].set_ylim(shown.min() / 1.5, shown.max() * 1.5)
+        else:
+            row[0].set_ylim(0, 1.05 * shown.max())
+        row[0].set_ylabel("S[k]", fontsize=8)
+    figure.supxlabel("k / C, frequency over channels; S[k]: mean magnitude, one scale a model", fontsize=9)
+    finish(plt, figure, path)
 
 
 def draw_ranks(results, path):
-    """EM: histogram over images of the rank at 99 % energy, by SVD of each image and in the PCA basis of all of them."""
+    """EM: histogram over images of the rank at 99 % energy, by SVD of each and in the PCA basis of all."""
     plt = plotter()
-    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.3 * len(results) + 0.7), layout="constrained",
-                                  squeeze=False, sharex=True)
-    bins = np.linspace(0, max(r["shape"][0] for r in results), 49)
+    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.35 * len(results) + 0.9), squeeze=False,
+                                  sharex=True)
+    widest = max(r["channels"] for r in results)
+    bins = np.arange(0.5, widest + max(1, widest // 48) + 0.5, max(1, widest // 48))
     for r, axes in zip(results, panels[:, 0]):
         axes.hist(r["svd"][:, -1], bins, color="black", label="SVD of each image")
         axes.hist(r["pca"][:, -1], bins, fill=False, edgecolor="#c1440e", hatch="////", label="dataset PCA")
-        axes.axvline(r["shape"][0], color="gray", linestyle=":", label="channels")
-        axes.set_title(r["label"], fontsize=8)
+        axes.axvline(min(r["tokens"], r["channels"]) + 0.5, color="#2a6fbb", linestyle="--",
+                     label="min(tokens, channels): the highest SVD rank")
+        axes.axvline(r["channels"] + 0.5, color="gray", linestyle=":", linewidth=2,
+                     label="channels: the highest PCA rank")
+        axes.set_title(f"{r['label']}: {r['tokens']} tokens, {r['channels']} channels", fontsize=9)
         axes.set_ylabel("images")
     panels[-1, 0].set_xlabel("dimensions that hold 99 % of an image's energy in the last layer")
     finish(plt, figure, path, legend=panels[0, 0])
@@ -524,7 +636,7 @@ def draw_ranks(results, path):
 def draw_sep(results, path):
     """EM: SEP curves over the share of channels, and what each curve differs by from the diagonal."""
     plt = plotter()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8 + 0.1 * len(results)))
     for i, r in enumerate(results):
         share = np.arange(1, len(r["sep"]) + 1) / len(r["sep"])
         left.plot(share, r["sep"], label=r["label"], **style(i, markers=False))
@@ -532,17 +644,14 @@ def draw_sep(results, path):
     left.set(xlabel="share of channels, index order", ylabel="cumulative energy (%)", title="SEP")
     right.set(xlabel="share of channels, index order", ylabel="cumulative energy - diagonal (points)",
               title="less the diagonal")
-    finish(plt, figure, path, legend=left)
+    finish(plt, figure, path, legend=left, ncols=3)
 
 
 def draw_all(results, out):
     for name in results[0]["entropy"]:
         draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)",
-                      f"Entropy by layer, {name} range (DD Eq. 3-5)",
-                      out / ("entropy.png" if name == "global" else f"entropy_{name}.png"))
-    for key, ylabel, title in (("magnitude", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
-                               ("intensity", "mean of S[k] over k", "Intensity by layer (SK)"),
-                               ("svd_layers", "mean rank at 99 % energy", "SVD rank by layer (EM)")):
+                      f"Entropy by layer (DD Eq. 3-5):\n{RANGES[name].format('model')}", out / named("entropy", name))
+    for key, (_, ylabel, title) in BY_LAYER.items():
         if None not in results[0][key]:
             draw_by_depth(results, lambda r: r[key], ylabel, title, out / f"{key}.png")
     draw_spectra(results, out / "spectra.png")
@@ -555,63 +664,184 @@ def draw_all(results, out):
 
 
 def evolution(args, device):
-    """Entropy by layer at a run's snapshots, one panel a run, each snapshot over its own global range."""
-    rows, panels = [], []
-    for run in map(Path, args.evolution):
-        if not (run / "config.json").is_file() or not sorted(run.glob("epoch_*.pt")):
+    """Entropy by layer at the snapshots of runs: evolution.csv, and a figure a kind of range with a panel a run."""
+    runs = [Path(text) for text in args.evolution]
+    owners, subjects, loads = [], [], []
+    for run, name in zip(runs, endings([run.resolve() for run in runs])):
+        snapshots = sorted(run.glob("epoch_*.pt"))
+        if not snapshots:
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
         load = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
-        lines = {}
-        for snapshot in sorted(run.glob("epoch_*.pt")):
-            subject = Subject(f"{run.name}: {snapshot.stem}", open_student(run, snapshot.name), args.layers, device)
-            lines[int(snapshot.stem[6:])] = measure(subject, load, args, device)["entropy"]["global"]
-        panels.append((run.name, lines))
-        rows += [(run.name, epoch, layer, value) for epoch, line in lines.items() for layer, value in enumerate(line)]
-    write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "entropy_bits"), rows)
+        owners += [(name, int(snapshot.stem.removeprefix("epoch_"))) for snapshot in snapshots]
+        subjects += [open_student(run, args, device, snapshot.name) for snapshot in snapshots]
+        loads += [load] * len(snapshots)
+    results = measure(subjects, loads, args, device)
+    clear(args.out)
+    write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "module", "range", "entropy_bits"),
+              [(*owner, number, module, name, value) for owner, r in zip(owners, results)
+               for name, values in r["entropy"].items()
+               for number, module, value in zip(r["numbers"], r["modules"], values)])
+    for name in args.entropy_range:
+        draw_evolution(owners, results, name, args.out / named("evolution", name))
+
+
+def draw_evolution(owners, results, range_name, path):
     plt = plotter()
-    figure, grid = plt.subplots(1, len(panels), figsize=(3.1 * len(panels) + 0.8, 3.2), layout="constrained",
+    names = list(dict.fromkeys(name for name, _ in owners))
+    figure, grid = plt.subplots(1, len(names), figsize=(max(2.4 * len(names) + 0.8, 5.5), 3.6),
                                 squeeze=False, sharey=True)
-    for axes, (name, lines) in zip(grid[0], panels):
-        for i, (epoch, line) in enumerate(lines.items()):
-            shade = 0.85 * (1 - i / max(1, len(lines) - 1))             # light: early, black: the last
-            axes.plot(range(1, len(line) + 1), line, color=str(shade), marker="o" if i == len(lines) - 1 else None,
-                      markersize=3, label=f"epoch {epoch}" if i in (0, len(lines) // 2, len(lines) - 1) else None)
-        axes.set(xlabel="layer", title=name, xticks=range(1, len(line) + 1, max(1, len(line) // 6)))
+    for axes, name in zip(grid[0], names):
+        lines = [(epoch, r) for (owner, epoch), r in zip(owners, results) if owner == name]
+        for i, (epoch, r) in enumerate(lines):
+            last = i == len(lines) - 1
+            axes.plot(r["numbers"], r["entropy"][range_name], marker="o" if last else None, markersize=3,
+                      color=str(0.85 * (1 - i / max(1, len(lines) - 1))),                   # light: early, black: last
+                      label=f"epoch {epoch}" if last or i in (0, len(lines) // 2) else None)
+        axes.set_title(name, fontsize=10)
+        axes.set(xlabel="layer", xticks=r["numbers"][::max(1, len(r["numbers"]) // 6)])
     grid[0, 0].set_ylabel("entropy (bits)")
-    grid[0, -1].legend()
-    finish(plt, figure, args.out / "evolution.png")
+    figure.suptitle(f"Entropy by layer in training (DD Fig. 4):\n{RANGES[range_name].format('snapshot')}", fontsize=10)
+    finish(plt, figure, path, legend=grid[0, -1], ncols=3)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Accuracy by method
+# A study: accuracy by method and by dose
+
+HELD = ("student", "student_kwargs", "teacher", "teacher_weights", "data", "train_size", "label_noise", "img_size",
+        "epochs", "batch_size", "lr", "alpha", "tau")                   # what all runs of a dose panel have in common
 
 
-def study(folder, out):
-    """The finished runs in folders NAME-SEED: study.csv, study.png, and a table of mean and standard deviation."""
-    rows = []
-    for run in sorted(folder.glob("*-*")):
-        settings = read_config(run)["settings"]
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        if len(log) == settings["epochs"]:
-            minutes = np.median([line["seconds"] for line in log]) * len(log) / 60      # the median: not of interruptions
-            results = (log[-1][key] for key in ("top1", "ema_top1", "loss"))
-            rows.append((run.name.rpartition("-")[0], settings["seed"], *results, minutes))
-    if not rows:
-        raise ValueError(f"{folder} holds no finished runs in folders NAME-SEED (config.json, log.jsonl)")
-    write_csv(out / "study.csv", ("run", "seed", "top1", "ema_top1", "train_loss", "minutes"), rows)
-    top1 = {name: [row[2] for row in rows if row[0] == name] for name in {row[0] for row in rows}}
+def read_study(path):
+    """study.jsonl -> {(name, seed): run}. A line a run; the first one holds the settings that all of them share."""
+    try:
+        common, *runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for run in runs:
+            run["settings"] = {**common["common"], **run["settings"]}
+        return {(run["name"], run["seed"]): run for run in runs}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a study: {error}") from error
+
+
+def write_study(runs, path):
+    common = {key: value for key, value in runs[0]["settings"].items()
+              if all(key in run["settings"] and run["settings"][key] == value for run in runs)}
+    own = [{**run, "settings": {k: v for k, v in run["settings"].items() if k not in common}} for run in runs]
+    part = path.with_suffix(".part")                                    # the folders may be gone: never half a file
+    part.write_text("".join(f"{json.dumps(line)}\n" for line in ({"common": common}, *own)), encoding="utf-8")
+    part.replace(path)
+
+
+def read_runs(folder):
+    """The finished runs in folders NAME-SEED -> {(name, seed): run}, light enough to be kept by the hundred."""
+    def brief(value):
+        return value and float(f"{value:.5g}")
+
+    runs = {}
+    for path in sorted(folder.glob("*-*/log.jsonl")):
+        config, lines = read_config(path.parent), path.read_text(encoding="utf-8").splitlines()
+        settings = config["settings"]
+        if len(lines) != settings["epochs"]:
+            continue
+        log, name = [json.loads(line) for line in lines], path.parent.name.rpartition("-")[0]
+        runs[name, settings["seed"]] = {
+            "name": name, "seed": settings["seed"],
+            "settings": {key: value for key, value in settings.items() if key not in ("seed", "out")},
+            "student_parameters": config["parameters"]["student"], "layers": config["layers"],
+            "versions": config["versions"], "commit": config["commit"], "command": config["command"],
+            "seconds": brief(float(np.median([line["seconds"] for line in log]))),      # of an epoch
+            "terms": {term: [brief(line["terms"].get(term)) for line in log] for term in log[0]["terms"]},
+            **{key: [brief(line.get(key)) for line in log] for key in ("top1", "ema_top1")}}
+    return runs
+
+
+def study(source, out):
+    """Gather runs of the folder `source` (or of a study.jsonl) in study.jsonl, print the table, draw the figures."""
+    if source.is_file():
+        found = read_study(source)
+    else:
+        found = {**read_study(source / "study.jsonl"), **read_runs(source)}
+    if not found:
+        raise ValueError(f"{source} holds neither finished runs, in folders NAME-SEED, nor a study.jsonl")
+    runs = [run for _, run in sorted({**read_study(out / "study.jsonl"), **found}.items())]
+    clear(out)
+    write_study(runs, out / "study.jsonl")
+    top1 = {}
+    for run in runs:
+        top1.setdefault(run["name"], []).append(run["top1"][-1])
     top1 = sorted(top1.items(), key=lambda item: np.mean(item[1]))
     plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1))
+    print("| run | n | top-1 of each seed | mean +- standard deviation |\n|---|---|---|---|")
     for y, (name, values) in enumerate(top1):
-        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-        axes.errorbar(np.mean(values), y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
-        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
+        mean, spread = moments(values)
         each = " ".join(f"{value:.2f}" for value in values)
-        print(f"| {name} | {len(values)} | {each} | {np.mean(values):.2f} ± {spread:.2f} |")
+        print(f"| {name} | {len(values)} | {each} | {mean:.2f} +- {spread:.2f} |")
+        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
+        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
     axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
              yticklabels=[name for name, _ in top1])
     finish(plt, figure, out / "study.png")
+    draw_dose(runs, out / "dose.png")
+
+
+def moments(values):
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
+
+
+def dose_line(run):
+    """What a feature run compares, and in which layers: "mse, layer 12", "lift (mse), layer 12"."""
+    settings, layers = run["settings"], [str(layer + 1) for layer in run["layers"]["student"]]
+    what, = {*run["terms"]} - {"ce", "kd"}
+    if settings["method"] not in ("spectral", what):
+        what = f"{settings['method']} ({what})"
+    if settings.get("norm") == "none":
+        what += ", norm none"
+    return f"{what}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+
+
+def draw_dose(runs, path):
+    """Top-1 against beta, a line a method and place that has several; `soft` is beta 0; a panel a setup (HELD)."""
+    panels, soft = {}, {}
+    for run in runs:
+        held = tuple((key, json.dumps(run["settings"].get(key))) for key in HELD)
+        if run["layers"]["student"]:
+            doses = panels.setdefault(held, {}).setdefault(dose_line(run), {})
+            doses.setdefault(run["settings"]["beta"], []).append(run["top1"][-1])
+        elif run["settings"]["method"] == "soft":
+            soft.setdefault(held, {}).setdefault(run["settings"]["variant"], []).append(run["top1"][-1])
+    panels = {held: {name: doses for name, doses in lines.items() if len(doses) > 1} for held, lines in panels.items()}
+    panels = {held: lines for held, lines in panels.items() if lines}
+    if not panels:
+        return
+    plt = plotter()
+    figure, grid = plt.subplots(1, len(panels), figsize=(max(3.6 * len(panels), 7), 5.4), squeeze=False)
+    names = sorted({name for lines in panels.values() for name in lines})
+    betas = sorted({beta for lines in panels.values() for doses in lines.values() for beta in doses})
+    handles = {}
+    for axes, (held, lines) in zip(grid[0], panels.items()):
+        axes.set_xscale("log")
+        for variant, values in soft.get(held, {}).items():
+            mean, spread = moments(values)
+            label = "soft, beta 0" if variant == "plain" else f"soft, beta 0, {variant}"
+            handles[label] = axes.axhspan(mean - np.nan_to_num(spread), mean + np.nan_to_num(spread), alpha=0.3,
+                                          facecolor="gray", edgecolor="black", linewidth=0.8,
+                                          hatch={"plain": "", "lifted": "///"}.get(variant, "..."))
+            axes.errorbar(betas[0] / 4, mean, yerr=spread, fmt="s", color="black", capsize=3)
+        for name, doses in sorted(lines.items()):
+            i = names.index(name)
+            beta, values = zip(*sorted(doses.items()))
+            x = np.array(beta) * 1.3 ** ((i + 0.5) / len(names) - 0.5)  # side by side
+            handles[name] = axes.errorbar(x, *zip(*map(moments, values)), capsize=3, **style(i))
+        axes.set_xticks([betas[0] / 4, *betas], ["0", *(f"{beta:g}" for beta in betas)], fontsize=8)
+        axes.xaxis.minorticks_off()
+        differs = [key for key, _ in held if len({dict(other)[key] for other in panels}) > 1]
+        axes.set_title("\n".join(f"{key} {dict(held)[key]}".replace("null", "default") for key in differs), fontsize=9)
+        axes.set_xlabel("beta, the weight of the feature loss")
+    grid[0, 0].set_ylabel("validation top-1 (%), mean +- std of seeds")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+    finish(plt, figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -621,6 +851,14 @@ def study(folder, out):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
+
+
+class Kwargs(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def fail(message):
@@ -635,65 +873,78 @@ def parse_args(argv=None):
         return int(text)
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or the folder of a run")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or a run's folder")
     parser.add_argument("--evolution", nargs="+", metavar="RUN", help="folders of runs with snapshots")
-    parser.add_argument("--study", type=Path, metavar="DIR", help="accuracies of the runs in DIR/NAME-SEED, by NAME")
-    parser.add_argument("--data", help="folder of images, shapes, torch/NAME or hfds/NAME (default: shapes, or the run's)")
-    parser.add_argument("--images", type=count, default=32, help="how many, chosen at random (32 as in DD; EM has 1000)")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="counted from 0 (default: all)")
-    parser.add_argument("--entropy-range", nargs="+", choices=("global", "layer", "percentile"), default=["global"],
-                        help="over all layers (DD), each layer's own, or the 0.1 to 99.9 percentiles of all layers")
+    parser.add_argument("--study", type=Path, metavar="DIR",
+                        help="gather the finished runs DIR/NAME-SEED in OUT/study.jsonl, beside those that it has, and "
+                             "show accuracy by NAME and by beta; a study.jsonl, or a folder with one, will do as well")
+    parser.add_argument("--data",
+                        help="folder of images, shapes, torch/NAME or hfds/NAME (default: the run's, or shapes)")
+    parser.add_argument("--images", type=count, default=32, help="chosen at random (32 as in DD; EM has 1000)")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="L",
+                        help="timm's indices, from 0 (default: all); figures and tables count from 1")
+    parser.add_argument("--entropy-range", nargs="+", choices=tuple(RANGES), default=["global"],
+                        help="of the histograms: all layers of a model (global, as in DD), each layer's own, the 0.1 "
+                             "to 99.9 percentiles of all layers, or one shared by all models or snapshots")
     parser.add_argument("--layer-ranks", action=argparse.BooleanOptionalAction, default=True,
                         help="SVD of every layer, not the last alone")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
-                        help="beside the models: the first with random weights, white noise, a rank-1 pattern")
+                        help="beside the models: the first one untrained, white noise, a rank-1 pattern")
     parser.add_argument("--img-size", type=count, help="for models that can be built for another size")
-    parser.add_argument("--model-kwargs", nargs="+", action=ParseKwargs, metavar="KEY=VALUE", help="arguments for timm")
+    parser.add_argument("--model-kwargs", nargs="+", action=Kwargs, metavar="KEY=VALUE", help="arguments for timm")
     parser.add_argument("--batch-size", type=count, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/analysis")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="what an earlier call wrote there is replaced (default: runs/analysis; DIR of a study)")
     return parser.parse_args(argv)
 
 
-def newest_run(args):
-    """Without models: those of the newest run."""
-    runs = sorted(Path("runs").glob("**/student.safetensors"), key=os.path.getmtime)
-    if not runs:
-        raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train something first")
-    settings = read_config(runs[-1].parent)["settings"]
-    args.models, args.data = [str(runs[-1].parent)], args.data or settings["data"]
-    if settings["teacher_weights"] and settings["method"] != "none":
-        args.models.insert(0, f"{settings['teacher']}={settings['teacher_weights']}")
-    print(f"analysing {' '.join(args.models)} on {args.data}")
+def choose_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise ValueError(f"there is no {name.upper()} device: leave --device out, or --device cpu")
+    return torch.device(name)
+
+
+def analyse(args, device):
+    """The models of the command line, or those of the newest run: every metric, table and figure."""
+    runs = sorted(Path("runs").glob("**/student.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not args.models and not runs:
+        raise ValueError("nothing to analyse: give --models, --evolution or --study (see --help), or train first")
+    run = None if args.models else runs[-1].parent
+    args.data = args.data or (read_config(run)["settings"]["data"] if run else "shapes")
+    load = open_images(args.data, args.images, args.seed)
+    subjects = open_subjects(args, device, run)
+    if run:
+        print(f"analysing {run} on {args.data}: {', '.join(subject.label for subject in subjects)}")
+    results = measure(subjects, [load] * len(subjects), args, device)
+    clear(args.out)
+    write_tables(results, args.out)
+    write_summary(results, args, args.out)
+    draw_all(results, args.out)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    args.out = args.out or Path("runs/analysis")
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device: leave --device out, or --device cpu")
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(args.device)
         if args.layers and args.layers != sorted({*args.layers}):
             raise ValueError(f"--layers {args.layers} must ascend without repeats")
+        beside = args.study and (args.study.parent if args.study.is_file() else args.study)
+        args.out = args.out or beside or Path("runs/analysis")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.evolution:
             evolution(args, device)
         elif args.study:
             study(args.study, args.out)
         else:
-            if not args.models:
-                newest_run(args)
-            args.data = args.data or "shapes"
-            load = open_images(args.data, args.images, args.seed)
-            results = [measure(subject, load, args, device) for subject in open_subjects(args, device)]
-            write_tables(results, args.out)
-            write_summary(results, args, args.out)
-            draw_all(results, args.out)
+            analyse(args, device)
     except (ValueError, OSError) as error:
         fail(error)
-    print(f"done: {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+    written = FILES | ({"study.jsonl"} if args.study else set())
+    print(f"done: {args.out}: {', '.join(sorted(name for name in written if (args.out / name).exists()))}")
 
 
 if __name__ == "__main__":

@@ -196,26 +196,29 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         try:
             return create(pretrained=True)
         except Exception as error:                                      # hub, network and cache errors of many kinds
-            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file with "
-                             f"--teacher-weights): {_one_line(error)}") from error
+            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
+                             f"instead): {_one_line(error)}") from error
     model = create()
+    if not model.feature_info:
+        raise ValueError(f"{name} was given no layers: {timm_kwargs}")
     reduction = model.feature_info[-1]["reduction"]
     if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
         raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")
     return model
 
 
-def load_student(run, file="student.safetensors"):
+def load_student(run, file="student.safetensors", trained=True):
     """The student of a run's folder, whole: plain, lifted or widened, with the weights that `file` of it holds
-    (student.safetensors, best.pt, epoch_0030.pt, ...). Raises ValueError if it is not there."""
+    (student.safetensors, best.pt, epoch_0030.pt, ...), or its untrained twin. Raises ValueError if it is not there."""
     path, config = Path(run) / file, read_config(run)
     settings, width, classes = config["settings"], None, config["images"]["classes"]
     if not path.is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
-    return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"], weights=path,
-                       variant=settings["variant"], teacher_width=width, **settings["student_kwargs"] or {})
+    return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"],
+                       variant=settings["variant"], teacher_width=width, weights=path if trained else None,
+                       **settings["student_kwargs"] or {})
 
 
 def read_config(run):

@@ -1,5 +1,6 @@
 """python -m pytest test_smoke.py -q   (under 3 minutes on 2 cores, no network, no files from elsewhere)"""
 import copy
+import csv
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -499,7 +501,7 @@ def test_analysis_streams(tmp_path, monkeypatch):
             for end in ("png", "csv")} | {"summary.md"} <= names
     for name in ("entropy", "magnitude", "spectra", "sep"):
         tables = [[line.split(",") for line in (tmp_path / size / f"{name}.csv").read_text().splitlines()[1:]
-                   if line.startswith("deit")] for size in ("2", "7")]
+                   if line.startswith("untrained deit_toy,")] for size in ("2", "7")]
         assert [float(row[-1]) for row in tables[0]] == pytest.approx([float(row[-1]) for row in tables[1]], rel=1e-4)
     args = analyze.parse_args([*flags, "--no-controls"])
     subject, load = analyze.open_subjects(args, torch.device("cpu"))[0], analyze.open_images("shapes", 7, 0)
@@ -507,8 +509,200 @@ def test_analysis_streams(tmp_path, monkeypatch):
         maps = subject.maps(0, torch.stack([subject.transform(get()) for get in load]))
     lo, hi = min(A.min() for A in maps).item(), max(A.max() for A in maps).item()
     rows = [line.split(",") for line in (tmp_path / "7" / "entropy.csv").read_text().splitlines()]
-    ours = [float(row[-1]) for row in rows if row[0].startswith("deit") and row[3] == "global"]
+    ours = [float(row[-1]) for row in rows if row[0] == "untrained deit_toy" and row[3] == "global"]
     assert ours == pytest.approx([analyze.entropy_map(A, lo, hi).mean().item() for A in maps], rel=1e-5)
+
+
+def make_run(folder, method="soft", log=(), seed=0, **settings):
+    """A run's folder as analyze.py reads it, around a student of two blocks that was not trained."""
+    folder.mkdir(parents=True)
+    settings = {"method": method, "student": "deit_toy_patch8_32", "variant": "plain", "img_size": 32, "data": "shapes",
+                "student_kwargs": {"depth": 2, "embed_dim": 24}, "teacher": "cait_toy_patch8_32",
+                "teacher_kwargs": None, "teacher_weights": "weights/cait_toy_shapes.safetensors", "epochs": len(log),
+                "seed": seed, "out": str(folder), **settings}
+    config = {"settings": settings, "images": {"classes": 20}, "parameters": {"student": 7}, "commit": "c",
+              "versions": {"torch": "t"}, "command": "train_kd.py", "layers": {"student": settings.pop("layers", [])}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log), encoding="utf-8")
+    student = models.build_model("deit_toy_patch8_32", num_classes=20, variant=settings["variant"], teacher_width=96,
+                                 **settings["student_kwargs"])
+    safetensors.torch.save_file(student.state_dict(), folder / "student.safetensors")
+    for epoch in (1, 2):
+        torch.save(student.state_dict(), folder / f"epoch_{epoch:04}.pt")
+    return folder
+
+
+def column(path, *names):
+    """The distinct rows of some columns of a CSV, in its order."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(dict.fromkeys(tuple(row[name] for name in names) for row in csv.DictReader(file)))
+
+
+def test_analysis_of_the_newest_run(tmp_path, monkeypatch, capsys):
+    """From any folder: the embedded teacher (a run without one included), the student, the first one untrained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    make_run(tmp_path / "runs" / "none-0", "none")
+    flags = ["--images", "2", "--layers", "0", "1", "--no-layer-ranks", "--out", "out"]
+    analyze.main([*flags, "--entropy-range", "layer"])
+    said = capsys.readouterr().out
+    labels = ["teacher cait_toy", "student none-0", "untrained cait_toy", "white noise", "rank 1"]
+    assert f"analysing {Path('runs/none-0')} on shapes: {', '.join(labels)}" in said
+    assert column("out/entropy.csv", "model") == [(label,) for label in labels]
+    assert column("out/entropy.csv", "layer", "module") == [("1", "blocks.0"), ("2", "blocks.1")]    # counted from 1
+    assert sorted(said.splitlines()[-1].split("done: out: ")[1].split(", ")) == sorted(os.listdir("out"))
+    assert "entropy_layer.png" in said and "entropy.png" not in said and said.isascii()
+
+    Path("out/notes.txt").touch()                                       # of another hand: stays
+    Path("out/study.jsonl").touch()                                     # a record, not a figure: stays
+    analyze.main(flags)
+    assert "entropy.png" in os.listdir("out") and "entropy_layer.png" not in os.listdir("out")
+    named = capsys.readouterr().out.split("done: out: ")[1].strip().split(", ")
+    assert {*os.listdir("out")} - {*named} == {"notes.txt", "study.jsonl"}
+
+
+@pytest.mark.parametrize("weights, label", [("random", "untrained cait_toy"), ("", "teacher lifted deit_toy")])
+def test_teachers_of_runs(tmp_path, weights, label):
+    """A teacher may be random, or another run's student."""
+    if not weights:
+        weights = str(make_run(tmp_path / "teacher", "none", variant="lifted"))
+    run = make_run(tmp_path / "run", teacher_weights=weights)
+    args = analyze.parse_args(["--layers", "0", "--no-controls"])
+    teacher, student = analyze.open_subjects(args, torch.device("cpu"), run)
+    assert (teacher.label, student.label) == (label, "student run")
+    assert not analyze.published(teacher, "svd")
+
+
+def test_models_are_told_apart(tmp_path, monkeypatch):
+    """Runs by parent folder, files by name; the untrained twin of a run is built as the run was, and named as such."""
+    runs = [make_run(tmp_path / parent / "soft-0", variant="lifted") for parent in "ab"]
+    args = analyze.parse_args(["--models", *map(str, runs)])
+    subjects = analyze.open_subjects(args, torch.device("cpu"))
+    assert [s.label for s in subjects] == ["student a/soft-0", "student b/soft-0", "untrained lifted deit_toy",
+                                           "white noise", "rank 1"]
+    first, twin = subjects[0].model.state_dict(), subjects[2].model.state_dict()
+    assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in twin.items()}
+    with pytest.raises(ValueError, match="twice"):
+        analyze.open_subjects(analyze.parse_args(["--models", str(runs[0]), str(runs[0])]), torch.device("cpu"))
+    plain = make_run(tmp_path / "c" / "soft-0")
+    files = [f"deit_toy_patch8_32={plain / name}" for name in ("epoch_0001.pt", "epoch_0002.pt")]
+    args = analyze.parse_args(["--models", *files, "--model-kwargs", "depth=2", "embed_dim=24", "--no-controls"])
+    assert [s.label for s in analyze.open_subjects(args, torch.device("cpu"))] == [
+        "deit_toy (epoch_0001.pt)", "deit_toy (epoch_0002.pt)"]
+
+
+def test_random_weights_have_no_published_numbers():
+    args = analyze.parse_args(["--models", "vit_base_patch16_224=random", "--no-controls", "--model-kwargs", "depth=1"])
+    subject, = analyze.open_subjects(args, torch.device("cpu"))
+    assert subject.label == "untrained vit_base_patch16_224" and not analyze.published(subject, "minimum")
+    subject.kind = "model"
+    assert analyze.published(subject, "minimum") == "9"
+
+
+def test_evolution(tmp_path, monkeypatch):
+    """Layers count from 1, runs of the same name are told apart, and a range can be shared."""
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    runs = [str(make_run(tmp_path / parent / "soft-0")) for parent in "ab"]
+    analyze.main(["--evolution", *runs, "--images", "2", "--entropy-range", "global", "shared", "--out", str(tmp_path)])
+    table = tmp_path / "evolution.csv"
+    assert column(table, "run", "epoch") == [("a/soft-0", "1"), ("a/soft-0", "2"), ("b/soft-0", "1"), ("b/soft-0", "2")]
+    assert column(table, "layer", "module") == [("1", "blocks.0"), ("2", "blocks.1")]
+    values = {row[:-1]: float(row[-1]) for row in column(table, "run", "layer", "epoch", "range", "entropy_bits")}
+    own, shared = (values["a/soft-0", "1", "1", name] for name in ("global", "shared"))
+    assert shared != own and values["b/soft-0", "1", "1", "global"] != own
+    assert (tmp_path / "evolution.png").exists() and (tmp_path / "evolution_shared.png").exists()
+
+
+def epochs(*top1, **terms):
+    return [{"top1": each, "ema_top1": each, "seconds": 2.0, "terms": {"kd": 1.23456789, **terms}} for each in top1]
+
+
+def test_study_is_kept_in_one_file(tmp_path, capsys):
+    """study.jsonl yields the table and the figures again without the folders; newer folders replace and add lines."""
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        make_run(runs / f"soft-{seed}", log=epochs(50, 80 + seed), seed=seed)
+    for beta in (0.2, 5.0):
+        make_run(runs / f"mse-beta{beta}-0", "spectral", epochs(50, 80 + beta, mse=beta), beta=beta, layers=[1])
+    make_run(runs / "unfinished-0", log=epochs(50), epochs=2)
+    (runs / "no-run").mkdir()
+
+    def study(source):
+        analyze.main(["--study", str(source), "--out", str(tmp_path / "out")])
+        return capsys.readouterr().out
+
+    said, record = study(runs), tmp_path / "out" / "study.jsonl"
+    assert "| soft | 2 | 80.00 81.00 | 80.50 +- 0.71 |" in said and "unfinished" not in said and said.isascii()
+    assert {*os.listdir(tmp_path / "out")} == {"study.jsonl", "study.png", "dose.png"}
+    first, *lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
+    assert first["common"]["student"] == "deit_toy_patch8_32" and "beta" not in first["common"]
+    assert lines[-1]["settings"] == {"method": "soft"} and lines[0]["settings"] == {"method": "spectral", "beta": 0.2}
+    assert lines[0]["terms"] == {"kd": [1.2346, 1.2346], "mse": [0.2, 0.2]} and lines[0]["top1"] == [50, 80.2]
+    kept = record.read_bytes()
+    shutil.rmtree(runs)
+    assert study(record) == said and record.read_bytes() == kept
+
+    make_run(runs / "soft-1", log=epochs(60, 90), seed=1)
+    make_run(runs / "new-0", log=epochs(1, 2), lr=3)
+    said = study(runs)
+    assert "| soft | 2 | 80.00 90.00 |" in said and "| new | 1 | 2.00 |" in said and "| mse-beta5.0 | 1 |" in said
+    assert len(record.read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_recorded_studies_can_be_read():
+    for path in (HERE / "results").glob("**/study.jsonl"):
+        assert all(len(run["top1"]) == run["settings"]["epochs"] for run in analyze.read_study(path).values())
+
+
+def test_sep_is_flat_because_channels_have_no_order():
+    """Not because spectra of real signals are symmetric: noise + 1 is as real and as symmetric."""
+    noise = torch.randn(8, 196, 192)
+    for X in (noise, torch.randn(8, 196, 1) * torch.randn(192)):
+        flat = analyze.sep_bandwidth(analyze.sep_curve(X)).tolist()
+        assert flat == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9], abs=0.05)
+    shifted = analyze.sep_bandwidth(analyze.sep_curve(noise + 1)).tolist()
+    assert shifted == pytest.approx([0.005, 0.20, 0.41, 0.60, 0.80], abs=0.01)
+
+
+def test_device_by_default(monkeypatch):
+    there = {"cuda": False, "mps": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+    assert analyze.choose_device(None).type == "cpu"
+    with pytest.raises(ValueError, match="no MPS device"):
+        analyze.choose_device("mps")
+    for device in ("mps", "cuda"):
+        there[device] = True
+        assert analyze.choose_device(None).type == device and analyze.choose_device("cpu").type == "cpu"
+
+
+def test_maps_leave_mps():
+    """MPS has neither float64 nor eigvalsh: the model runs there (here: in name only), and the CPU measures."""
+    args = analyze.parse_args(["--models", "cait_toy_patch8_32=random"])
+    subject, noise, pattern = analyze.open_subjects(args, torch.device("cpu"))
+    with FakeTensorMode():
+        subject.model = lambda images: (None, [torch.empty(len(images), 96, 4, 4, device="mps") for _ in range(12)])
+        for each in (subject, noise, pattern):
+            maps = each.maps(0, torch.empty(2, 3, 32, 32))
+            assert [(A.device.type, A.shape) for A in maps] == [("cpu", (2, 96, 4, 4))] * 12
+
+
+def test_an_image_too_large(tmp_path, capsys):
+    (tmp_path / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
+    with pytest.raises(SystemExit, match="2"):
+        analyze.main(["--models", "deit_toy_patch8_32=random", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    line = capsys.readouterr().err
+    assert line.startswith("error: cannot read image") and "bomb.ppm" in line and line.count("\n") == 1
+
+
+def test_analysis_in_an_ascii_locale(tmp_path):
+    """Where text is ASCII by default: files are UTF-8, and what is printed is ASCII."""
+    make_run(tmp_path / "runs" / "soft-0", log=epochs(1))
+    environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-X", "utf8=0", str(HERE / "analyze.py"), "--images", "2", "--no-controls"]
+    for more in ([], ["--study", "runs"], ["--help"]):
+        done = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.isascii(), done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -633,15 +827,27 @@ TRAIN_MISTAKES = {                                                      # flags,
     "resume and overwrite": ("--resume --overwrite --out {0}/run", "one of them"),
 }
 ANALYZE_MISTAKES = {
-    "model": ("--models nope", "nope"), "no folder": ("--models deit_toy_patch8_32=random --data {0}/absent", "absent"),
+    "model": ("--models nope", "nope"),
+    "no folder": ("--models deit_toy_patch8_32=random --data {0}/absent", "absent"),
     "no images": ("--models deit_toy_patch8_32=random --data {0}/empty", "no images"),
     "corrupt": ("--models deit_toy_patch8_32=random --data {0}/flat", "0.png"),
-    "layer": ("--models deit_toy_patch8_32=random --layers 0 12", "out of range"), "layers": ("--models deit_toy_patch8_32=random --layers 1 1", "ascend"),
-    "no weights": ("--models deit_toy_patch8_32={0}/absent.pth", "absent.pth"), "cut weights": ("--models cait_toy_patch8_32={0}/cut.safetensors", "cut.safetensors"),
+    "layer": ("--models deit_toy_patch8_32=random --layers 0 12", "out of range"),
+    "layers": ("--models deit_toy_patch8_32=random --layers 1 1", "ascend"),
+    "no weights": ("--models deit_toy_patch8_32={0}/absent.pth", "absent.pth"),
+    "cut weights": ("--models cait_toy_patch8_32={0}/cut.safetensors", "cut.safetensors"),
     "other architecture": ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
-    "study of nothing": ("--study {0}/norun", "norun"), "evolution of nothing": ("--evolution {0}/norun", "norun"), "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
-    "kwargs": ("--models deit_toy_patch8_32=random --model-kwargs nope=1", "nope"), "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
-    "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"), "out is a file": ("--models deit_toy_patch8_32=random --out {0}/file", "file"),
+    "model given twice": ("--models deit_toy_patch8_32=random deit_toy_patch8_32=random", "twice"),
+    "study of nothing": ("--study {0}/norun", "norun"),
+    "study of a file": ("--study {0}/file", "file"),
+    "evolution of nothing": ("--evolution {0}/norun", "norun"),
+    "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
+    "kwargs": ("--models deit_toy_patch8_32=random --model-kwargs nope=1", "nope"),
+    "depth 0": ("--models deit_toy_patch8_32=random --model-kwargs depth=0", "no layers"),
+    "kwargs without value": ("--models deit_toy_patch8_32=random --model-kwargs depth", "KEY=VALUE"),
+    "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
+    "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"),
+    "out is a file": ("--models deit_toy_patch8_32=random --out {0}/file", "file"),
+    "device": ("--models deit_toy_patch8_32=random --device tpu", "tpu"),
     "cuda": ("--models deit_toy_patch8_32=random --device cuda", "CUDA"),
 }
 

@@ -111,12 +111,13 @@ class Shapes(Dataset):
 # Opening a data set
 
 
-def open_data(name, root="data", train_size=4000, label_noise=0.0):
+def open_data(name, root="data", train_size=4000, label_noise=0.0, only_val=False):
     """Open the train and val splits of `shapes`, a folder, or a timm data set -> train, val, number of classes.
 
     name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that
     holds train/ and val/ with a folder a class, or a name that timm.data.create_dataset knows (torch/cifar100,
-    hfds/...), kept in `root` and downloaded if need be.
+    hfds/...), kept in `root` and downloaded if need be. With `only_val` a folder needs no train/, and may itself be
+    what val/ is otherwise; train is then val.
     Raises ValueError or OSError, with what to do, for whatever cannot be used.
     """
     if name == "shapes":
@@ -128,6 +129,12 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0):
         except Exception as error:                                      # of as many kinds as there are back ends
             raise ValueError(f"cannot open data set {name} in {root}: {' '.join(str(error).split())[:200]}") from error
         return train, val, _count_classes(train)
+    if only_val and Path(name).is_dir():
+        folder = Path(name) / "val" if (Path(name) / "val").is_dir() else Path(name)
+        val = ImageFolder(folder, allow_empty=True)
+        if not len(val):
+            raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
+        return val, val, len(val.classes)
     for split in ("train", "val"):
         if not (Path(name) / split).is_dir():
             raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
@@ -141,6 +148,14 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0):
         raise ValueError(f"train/ and val/ of {name} differ in classes: "
                          f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
     return train, val, len(train.classes)
+
+
+def class_names(dataset):
+    """The names of the classes by number, or None where the data set does not tell."""
+    if isinstance(dataset, Shapes):
+        return [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    return getattr(dataset, "classes", None) or sorted(numbers, key=numbers.get) or None
 
 
 def first_size(dataset, skip_bad=False):

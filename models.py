@@ -3,8 +3,10 @@
 A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (the self-attention blocks), a stage of
 a Swin or ResNet. Its feature map is the raw output, before the final norm, without class or register tokens.
 """
+import contextlib
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -169,42 +171,113 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
     create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes,
                      pretrained_cfg_overlay=size, **timm_kwargs)
     if weights:
-        state = read_weights(weights)
-        classifiers = tuple([pretrained_cfg.classifier] if isinstance(pretrained_cfg.classifier, str)
-                            else pretrained_cfg.classifier)
+        state, classifiers = read_weights(weights), _classifiers(name)
         if random_head:
             fresh = create().state_dict()
-            heads = tuple(f"{classifier}." for classifier in classifiers)
-            state.update({key: value for key, value in fresh.items() if key.startswith(heads)})
-        found = [len(state[f"{c}.weight"]) for c in classifiers if f"{c}.weight" in state]
-        if found and found[0] != num_classes:
-            raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
-                             f"use a checkpoint trained on this data, or --teacher-head random")
+            state.update({key: value for key, value in fresh.items() if key.startswith(classifiers)})
+        found = [len(state[f"{c}weight"]) for c in classifiers if f"{c}weight" in state]
         try:
             if variant != "plain":
                 model = create()
                 model.load_state_dict(state)
-                return model
-            # By way of timm's own loader, which adapts published formats and position embeddings.
-            overlay = dict(state_dict=state, num_classes=num_classes, **size)
-            return create(pretrained=True, pretrained_cfg_overlay=overlay)
+            else:
+                # By way of timm's own loader, which adapts published formats and position embeddings.
+                overlay = dict(state_dict=state, num_classes=found[0] if found else num_classes, **size)
+                model = create(pretrained=True, num_classes=overlay["num_classes"], pretrained_cfg_overlay=overlay)
         except Exception as error:                                      # whatever a foreign file makes timm stumble on
-            raise ValueError(f"{weights} does not hold weights of {name} ({variant}): {_one_line(error)}") from error
+            raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state, name)}: "
+                             f"{_one_line(error)}") from error
+        if found and found[0] != num_classes:
+            raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
+                             f"use a checkpoint trained on this data, or --teacher-head random")
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"{weights} holds NaN or infinity: it cannot be used")
+        return model
     if pretrained:
         check_pretrained_classes(name, num_classes, random_head)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # one line of ours instead of its many
-        try:
-            return create(pretrained=True)
-        except Exception as error:                                      # hub, network and cache errors of many kinds
-            raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
-                             f"instead): {_one_line(error)}") from error
+        return _from_hub(name, create)
     model = create()
-    if not model.feature_info:
-        raise ValueError(f"{name} was given no layers: {timm_kwargs}")
     reduction = model.feature_info[-1]["reduction"]
     if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
         raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")
     return model
+
+
+def _classifiers(name):
+    """The prefixes of the classifiers' tensors, "head." of most models."""
+    classifier = timm.get_pretrained_cfg(name).classifier
+    return tuple(f"{each}." for each in ([classifier] if isinstance(classifier, str) else classifier))
+
+
+def _from_hub(name, create):
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # one line of ours instead of its many
+    try:
+        return create(pretrained=True)
+    except Exception as error:                                          # hub, network and cache errors of many kinds
+        raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
+                         f"instead): {_one_line(error)}") from error
+
+
+# By (class attention, width, depth): what a file of weights most likely belongs to.
+LIKELY = {(False, 48, 12): "deit_toy_patch8_32", (False, 192, 12): "deit_tiny_patch16_224",
+          (False, 384, 12): "deit_small_patch16_224", (False, 768, 12): "deit_base_patch16_224",
+          (False, 1024, 24): "vit_large_patch16_224", (True, 96, 12): "cait_toy_patch8_32",
+          (True, 192, 24): "cait_xxs24_224", (True, 288, 24): "cait_xs24_224", (True, 384, 24): "cait_s24_224"}
+
+
+def _hint(state, name):
+    """What a file that does not fit tells about itself, and the model or image size that would fit."""
+    if not {"pos_embed", "patch_embed.proj.weight"} <= {*state}:
+        return ""
+    position, patch = state["pos_embed"], state["patch_embed.proj.weight"]
+    cait = any("token_only" in key for key in state)
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    size = math.isqrt(position.shape[1]) * patch.shape[-1]              # less a class token, if there is one
+    classes = f"{len(state['head.weight'])} classes, " if "head.weight" in state else ""
+    likely = LIKELY.get((cait, position.shape[2], len(blocks)))
+    fits = f"try --img-size {size}" if likely == name else f"try {likely}" if likely else "try the model that it is of"
+    return f" but a model of {classes}width {position.shape[2]}, depth {len(blocks)}, {size} px: {fits}"
+
+
+@torch.no_grad()
+def start_from(model, name, source, img_size, variant="plain"):
+    """Copy into a student what fits of pretrained weights -> one line that counts what is new and what found no place.
+
+    source: "pretrained" (timm's), a file, or a run's folder. By name and shape: a lifted student takes all blocks, a
+    widened one all but the last, a shallower one the first. Raises ValueError if less than half of the student fits.
+    """
+    if source == "pretrained":
+        size = dict(img_size=img_size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        state = _from_hub(name, partial(_create, name, **size)).state_dict()
+    else:
+        file = Path(source) / "student.safetensors" if Path(source).is_dir() else Path(source)
+        state = read_weights(file)
+        classes = [len(state[f"{c}weight"]) for c in _classifiers(name) if f"{c}weight" in state]
+        with contextlib.suppress(ValueError):                           # else as it is, for a model cut or grown
+            state = build_model(name, num_classes=classes[0], img_size=img_size, weights=file).state_dict()
+    own, taken = model.state_dict(), set()
+    last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
+    for key, value in own.items():
+        # A lifted student's last block is the first part of a sequence.
+        origin = key.replace(f"{last}0.", last) if variant == "lifted" and key not in state else key
+        if origin in state and state[origin].shape == value.shape and state[origin].isfinite().all():
+            value.copy_(state[origin])
+            taken.add((key, origin))
+    new = [key for key in own if key not in {key for key, _ in taken}]
+    count = lambda keys: sum(own[key].numel() for key in keys)
+    if count(new) > count(own) / 2:
+        raise ValueError(f"{source} fits only {1 - count(new) / count(own):.0%} of {name} ({variant}); it holds something "
+                         f"else{_hint(state, name)}")
+    left = [key for key in state if key not in {origin for _, origin in taken}]
+    head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
+    return (f"{name} starts from {source}: {count(own) - count(new):,} of {count(own):,} values; new{head}: "
+            f"{_names(new)}; without a place: {_names(left)}")
+
+
+def _names(keys):
+    """A short list of tensors, by module: "head, blocks.11"."""
+    parents = dict.fromkeys(".".join(key.split(".")[:2 if key.startswith("blocks.") else 1]) for key in keys)
+    return ", ".join([*parents][:6]) + (f" and {len(parents) - 6} more" if len(parents) > 6 else "") or "nothing"
 
 
 def load_student(run, file="student.safetensors", trained=True):

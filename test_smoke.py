@@ -1074,7 +1074,7 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
     assert "teacher cait_toy_patch8_32: top-1 9" in whole.stdout and len(log_of(tmp_path / "whole")) == 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "student.safetensors",
-        "curves.png"}
+        "student_ema.safetensors", "curves.png"}
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
         # before it is saved

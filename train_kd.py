@@ -4,11 +4,13 @@
     python train_kd.py --method lift                               # one process without torchrun, the same path
     python train_kd.py --method none --variant widened             # a student alone, no teacher
     torchrun --nproc_per_node=4 train_kd.py --method spectral --data /data/imagenet --first 1 --last 1
+    python train_kd.py --data DIR --student NAME --student-weights pretrained --teacher-weights runs/teacher
+    python train_kd.py --eval --out runs/spectral                  # accuracy of a run's student
     python train_kd.py ... --dry-run                               # build everything, print it, train nothing
 
 Defaults come from the recipe of the data set (RECIPES), from SETTINGS below and, for what belongs to an objective, from
 losses.py; all have flags. The run's folder receives config.json, log.jsonl (a line an epoch), last.pt, best.pt,
-epoch_NNNN.pt, student.safetensors and curves.png.
+epoch_NNNN.pt, student.safetensors, student_ema.safetensors and curves.png.
 """
 import signal
 
@@ -45,7 +47,8 @@ from tqdm import tqdm
 
 import data
 from losses import METHODS, Distiller
-from models import VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, read_config, stages
+from models import (VARIANTS, HookedModel, build_model, check_pretrained_classes, choose_layers, load_student,
+                    read_config, stages, start_from)
 
 HERE = Path(__file__).resolve().parent
 
@@ -98,9 +101,10 @@ def train(run, loaders, sizes, state):
         step, log, names, rows = state["step"], state["log"], state["terms"], state["rows"].to(run.device)
     run.stop = Stop(run.world)
     if run.teacher:
-        (top1, top5, _), = evaluate(run, [run.teacher], val_loader, val_size, run.teacher_autocast, step)
+        (taught, top5, _), = evaluate(run, [run.teacher], val_loader, val_size, run.teacher_autocast, step)
         if run.rank == 0:
-            print(f"teacher {settings.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %", flush=True)
+            print(f"teacher {settings.teacher}: top-1 {taught:.2f} %, top-5 {top5:.2f} %", flush=True)
+            warn_of_teacher(settings, taught, chance=100 / run.classes)
 
     for epoch in range(len(log), settings.epochs):
         start = looked = step - epoch * steps                           # = steps if only its evaluation is missing
@@ -136,6 +140,8 @@ def train(run, loaders, sizes, state):
             write_epoch(run, log)
     if run.rank == 0:
         finish(run, log)
+        if run.teacher and taught < log[-1]["top1"]:
+            warn(f"the student ends above its teacher ({taught:.2f} %), which had little to tell: train a better one")
 
 
 @torch.no_grad()
@@ -211,23 +217,15 @@ def build(settings, classes):
     kind = METHODS[settings.method]
     options = {name: getattr(settings, name) for name in kind.options()}
     common = dict(num_classes=classes, img_size=settings.img_size)
-    weights = settings.teacher_weights
-    if weights == RECIPES["shapes"]["teacher_weights"]:                 # the embedded one, from any working folder
-        weights = HERE / weights
-    teacher = None
-    if kind.needs_teacher and not weights:
-        check_pretrained_classes(settings.teacher, classes, settings.teacher_head == "random")
-    if kind.needs_teacher or settings.variant != "plain":
-        embedded = weights and Path(weights).parent == HERE / "weights"
-        known = kind.needs_teacher and (embedded or not settings.dry_run and not settings.bench)   # else only the width
-        teacher = build_model(settings.teacher, **common, **settings.teacher_kwargs or {},
-                              pretrained=known and not weights, weights=weights if known else None,
-                              random_head=settings.teacher_head == "random")
-        if not all(parameter.isfinite().all() for parameter in teacher.parameters()):
-            raise ValueError(f"the weights of {settings.teacher} hold NaN or infinity: give others with --teacher-weights")
+    teacher = build_teacher(settings, classes) if kind.needs_teacher or settings.variant != "plain" else None
     width = teacher and teacher.feature_info[stages(teacher)[-1]]["num_chs"]
     student = build_model(settings.student, **common, variant=settings.variant, teacher_width=width,
                           **settings.student_kwargs or {})
+    resumed = settings.resume and (Path(settings.out) / "last.pt").exists()
+    if settings.student_weights and not (settings.dry_run or settings.bench or resumed):
+        said = start_from(student, settings.student, settings.student_weights, settings.img_size, settings.variant)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(said, flush=True)
 
     layers_s, layers_t = pair_layers(settings, student, teacher) if options.get("beta") else ([], [])
     statistics = resolve_data_config(pretrained_cfg=student.pretrained_cfg)
@@ -238,6 +236,22 @@ def build(settings, classes):
         options["channels"] = [(student.feature_info[s]["num_chs"], teacher.feature_info[t]["num_chs"])
                                for s, t in zip(layers_s, layers_t)]
     return hooked_t, Distiller(hooked_s, kind(**options)), statistics
+
+
+def build_teacher(settings, classes):
+    """The teacher with the weights of a file, of a run, of timm, or none where only its shape matters."""
+    source, random_head = settings.teacher_weights, settings.teacher_head == "random"
+    embedded = source == RECIPES["shapes"]["teacher_weights"]
+    needed = METHODS[settings.method].needs_teacher and source != "random"
+    blank = not needed or not embedded and bool(settings.dry_run or settings.bench)
+    if source and Path(source).is_dir():
+        return load_student(source, trained=not blank)
+    if not source and METHODS[settings.method].needs_teacher:
+        check_pretrained_classes(settings.teacher, classes, random_head)
+    weights = HERE / source if embedded else source                     # the embedded one from any working folder
+    return build_model(settings.teacher, num_classes=classes, img_size=settings.img_size, random_head=random_head,
+                       pretrained=not blank and not source, weights=None if blank else weights,
+                       **settings.teacher_kwargs or {})
 
 
 def pair_layers(settings, student, teacher):
@@ -258,7 +272,7 @@ def pair_layers(settings, student, teacher):
     return layers_s, layers_t
 
 
-def prepare(settings, teacher, distiller, rank=0, world=1):
+def prepare(settings, teacher, distiller, classes=0, rank=0, world=1):
     """All that an update needs, under the names that the loop uses."""
     student, device = distiller.student, next(distiller.parameters()).device
     teacher_autocast, student_autocast = (
@@ -272,7 +286,7 @@ def prepare(settings, teacher, distiller, rank=0, world=1):
     ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if world > 1 else distiller
     return SimpleNamespace(settings=settings, teacher=teacher, distiller=distiller, student=student, ddp=ddp, ema=ema,
                            optimizer=optimizer, teacher_autocast=teacher_autocast, student_autocast=student_autocast,
-                           device=device, rank=rank, world=world, stop=None)
+                           device=device, classes=classes, rank=rank, world=world, stop=None)
 
 
 @torch.no_grad()
@@ -290,6 +304,7 @@ def describe(settings, teacher, distiller, train, val, classes):
         "layers": {"student": distiller.student.layers, "teacher": teacher.layers if teacher else []},
         "maps": {"student": [list(A.shape[1:]) for A in maps], "teacher": [list(A.shape[1:]) for A in taught[1]]},
         "images": count_images(train, val, classes),
+        "class_names": data.class_names(val),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "commit": _git_commit(),
         "command": " ".join(sys.argv),
@@ -302,8 +317,8 @@ def summary(description):
     sizes = {who: f"{count / 1e6:.2f} M" for who, count in description["parameters"].items()}
     taught = f" <- {settings['teacher']} ({sizes['teacher']})" if description["parameters"]["teacher"] else ""
     return (f"{settings['method']}: {settings['variant']} {settings['student']} ({sizes['student']}){taught}, student "
-            f"layers {layers['student']}, teacher layers {layers['teacher']}, {description['images']}, folder "
-            f"{settings['out']}")
+            f"layers {layers['student']}, teacher layers {layers['teacher']}, {description['images']}, batches of "
+            f"{settings['batch_size']}, learning rate {settings['lr']:.3g}, folder {settings['out']}")
 
 
 def _git_commit():
@@ -377,8 +392,9 @@ def report(log, epochs):
 def finish(run, log):
     """What a run leaves at its end: the student as timm loads it, the curves."""
     out = Path(run.settings.out)
-    weights = {key: value.contiguous() for key, value in run.student.model.state_dict().items()}
-    write(out / "student.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
+    for name, student in (("student", run.student), ("student_ema", run.ema.module)):
+        weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
+        write(out / f"{name}.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write(out / "curves.png", partial(draw_curves, log))
     print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
 
@@ -553,12 +569,13 @@ SETTINGS = {
     "what is distilled into what": [
         Setting("method", METHODS, "spectral", "objective"),
         Setting("student", str, RECIPE, "timm model"),
+        Setting("student_weights", str, None, "what it starts from: pretrained (timm's), a file, or a run's folder"),
         Setting("variant", VARIANTS, None, "of the student (default: the method's own)"),
         Setting("student_kwargs", KeyValues, None, "for timm: embed_dim=219 num_heads=3 is EM's UniformWide control"),
         Setting("teacher", str, RECIPE, "timm model", "with a teacher or its width"),
         Setting("teacher_kwargs", KeyValues, None, "for timm", "with a teacher or its width"),
-        Setting("teacher_weights", str, RECIPE, "a .safetensors, .pt or .pth file; else timm's pretrained",
-                "with a teacher"),
+        Setting("teacher_weights", str, RECIPE, "a file (.safetensors, .pt, .pth), a run's folder (which names the "
+                "teacher) or random; else timm's pretrained", "with a teacher"),
         Setting("teacher_head", ("pretrained", "random"), "pretrained",
                 "random: a teacher without a classifier for this data (DD Table 2)", "with a teacher"),
         Setting("first", LAYERS, None, "align the first X layers (default: the method's own)", "with features"),
@@ -581,9 +598,10 @@ SETTINGS = {
                 "from 64 px", free=True)],
     "training": [
         Setting("epochs", COUNT, RECIPE, "whole", free=True),
-        Setting("batch_size", COUNT, RECIPE, "global: over all processes and accumulation steps"),
+        Setting("batch_size", COUNT, RECIPE, "global; the default shrinks for 20 updates an epoch of a small set"),
         Setting("accum", COUNT, 1, "gradient accumulation steps"),
-        Setting("lr", POSITIVE, RECIPE, "peak; the default scales linearly with the batch"),
+        Setting("lr", POSITIVE, RECIPE, "peak; the default scales linearly with the batch; from --student-weights it is "
+                "1e-4 at a batch of 64 and scales with its square root"),
         Setting("min_lr", WEIGHT, 1e-5, "at the end of the cosine"),
         Setting("warmup_lr", WEIGHT, 1e-6, "at the start"),
         Setting("warmup_epochs", WEIGHT, RECIPE, "of linear warm-up"),
@@ -600,12 +618,13 @@ SETTINGS = {
                 "the GPU, or from 64 px the CPU, computes in it; else off)", free=True, const="both"),
         Setting("compile", bool, False, "torch.compile student and teacher, a graph each", free=True),
         Setting("dry_run", bool, False, "build everything with random weights, print it, end"),
+        Setting("eval", bool, False, "accuracy of the run in --out, or of --student with --student-weights, and end"),
         Setting("bench", COUNT, None, "time N updates (10) with random weights and end", const=10)],
 }
 ROWS = {row.name: row for rows in SETTINGS.values() for row in rows}
 LARGE = {name for name, row in ROWS.items() if row.when == "from 64 px"}
 FREE = {name for name, row in ROWS.items() if row.free}
-ACTIONS = {"resume", "overwrite", "dry_run", "bench"}                   # of this call, not of the run
+ACTIONS = {"resume", "overwrite", "dry_run", "eval", "bench"}                   # of this call, not of the run
 
 
 class Parser(argparse.ArgumentParser):
@@ -619,6 +638,10 @@ def fail(message, status=2):
         time.sleep(5)                                                   # speak, whose end makes torchrun stop all
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def parse_args(argv=None):
@@ -666,10 +689,13 @@ def resolve(args):
     flags that contradict each other or the run to resume, or that would have no effect.
     """
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    former = from_first(partial(read_run, given)) if args.resume else None
+    of_run = args.resume or args.eval and "student" not in given
+    former = from_first(partial(read_run, given)) if of_run else None
     saved = former["settings"] if former else {}
     fixed = {name: None if row.default is RECIPE else row.default for name, row in ROWS.items()}
     asked = {**fixed, **saved, **given}
+    taught = teacher_run(asked, given)
+    asked.update({key: value for key, value in taught.items() if asked[key] is None})
     train, val, classes = open_data(asked)
     native = timm.get_pretrained_cfg(asked["student"]).input_size[-1] if timm.is_model(asked["student"] or "") else None
     if asked["data"] == "shapes":
@@ -677,11 +703,15 @@ def resolve(args):
     else:                                                               # by size: asked for, the student's, the images'
         size = asked["img_size"] or native or data.first_size(train, asked["skip_bad_images"])
         recipe = "small" if size < 64 else "imagenet"
-    defaults = {**fixed, **RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"]}
+    defaults = {**fixed, **RECIPES[recipe], "img_size": native or RECIPES[recipe]["img_size"], **taught}
     settings = argparse.Namespace(**{**defaults, **saved, **given, "recipe": recipe})
-    if "lr" not in {**saved, **given}:
-        settings.lr = defaults["lr"] * settings.batch_size / defaults["batch_size"]
-    if "warmup_epochs" not in {**saved, **given} and settings.warmup_epochs >= settings.epochs:
+    chosen = {**saved, **given}
+    if "batch_size" not in chosen:
+        settings.batch_size = fitting_batch(len(train), settings)
+    if "lr" not in chosen:
+        settings.lr = (1e-4 * (settings.batch_size / 64) ** 0.5 if settings.student_weights else
+                       defaults["lr"] * settings.batch_size / defaults["batch_size"])
+    if "warmup_epochs" not in chosen and settings.warmup_epochs >= settings.epochs:
         settings.warmup_epochs *= settings.epochs / defaults["epochs"]
     if ("first" in given or "last" in given) and not saved:
         settings.first, settings.last = given.get("first", 0), given.get("last", 0)
@@ -692,10 +722,31 @@ def resolve(args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         settings.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     from_first(partial(check, settings, given, saved))
-    if former and former["images"] != count_images(train, val, classes):
+    if args.resume and former["images"] != count_images(train, val, classes):
         raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
                          f"{count_images(train, val, classes)}, the run had {former['images']}")
+    if taught and (teacher := read_config(settings.teacher_weights))["images"]["classes"] != classes:
+        raise ValueError(f"the teacher in {settings.teacher_weights} knows {teacher['images']['classes']} classes and "
+                         f"the data has {classes}: train one on this data")
     return with_options(settings), (train, val, classes)
+
+
+def teacher_run(asked, given):
+    """If the teacher's weights are a run's folder: what its config.json says of the teacher, else nothing."""
+    folder = asked["teacher_weights"]
+    if not folder or not Path(folder).is_dir():
+        return {}
+    student = read_config(folder)["settings"]
+    if given.get("teacher", student["student"]) != student["student"]:
+        raise ValueError(f"{folder} holds {student['student']}, not {given['teacher']}: leave --teacher out")
+    return {"teacher": student["student"], "teacher_kwargs": student["student_kwargs"], "img_size": student["img_size"]}
+
+
+def fitting_batch(train_size, settings):
+    """The recipe's batch, or for a small set the largest power of 2 that leaves 20 updates an epoch."""
+    unit = int(os.environ.get("WORLD_SIZE", 1)) * settings.accum
+    fit = 2 ** max(0, (train_size // 20).bit_length() - 1)
+    return settings.batch_size if settings.batch_size <= fit else max(unit, fit // unit * unit)
 
 
 def count_images(train, val, classes):
@@ -709,7 +760,7 @@ def open_data(asked):
     if waits and local > 0:
         dist.barrier()
     try:
-        return data.open_data(asked["data"], asked["data_root"], asked["train_size"], asked["label_noise"])
+        return data.open_data(*(asked[key] for key in ("data", "data_root", "train_size", "label_noise", "eval")))
     finally:
         if waits and local == 0:
             dist.barrier()
@@ -761,7 +812,14 @@ def check(settings, given, saved):
         differences = (f"{flags([name])} {saved[name]}, not {given[name]}" for name in sorted(changed))
         raise ValueError(f"the run in {settings.out} was made with {', '.join(differences)}: leave these as they were "
                          f"or choose another --out")
-    writes = not (settings.dry_run or settings.bench)
+    if settings.eval:
+        useful = {"eval", "out", "data", "data_root", "student", "student_weights", "student_kwargs", "img_size",
+                  "crop_pct", "skip_bad_images", "workers", "device", "amp"}
+        if {*given} - useful:
+            raise ValueError(f"{flags({*given} - useful)} would have no effect with --eval")
+        if "student" in given and not settings.student_weights:
+            raise ValueError("--eval --student wants --student-weights: pretrained, a file, or a run's folder")
+    writes = not (settings.dry_run or settings.bench or settings.eval)
     if writes and (Path(settings.out) / "config.json").exists() and not (settings.resume or settings.overwrite):
         raise ValueError(f"{settings.out} holds a run: go on with --resume, replace it with --overwrite, or choose "
                          f"another --out")
@@ -796,6 +854,9 @@ def main(argv=None):
         settings.amp = settings.amp or default_amp(device, settings.img_size)
         if settings.amp != "off" and device.type == "mps":
             raise ValueError("--amp does not work on mps: leave it out")
+        if settings.eval:
+            show_accuracy(settings, args, val_set, classes, device, rank, world)
+            return
         torch.manual_seed(settings.seed)
         teacher, distiller, statistics = build(settings, classes)
         check_batch(settings, len(train_set), world)
@@ -811,7 +872,7 @@ def main(argv=None):
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, **pipeline,
                                      device=device, seed=settings.seed, repeats=settings.repeats,
                                      skip_bad_images=settings.skip_bad_images)
-        run = prepare(settings, teacher and teacher.to(device), distiller.to(device), rank, world)
+        run = prepare(settings, teacher and teacher.to(device), distiller.to(device), classes, rank, world)
         if settings.bench:
             bench(run, loaders, sizes, classes)
             return
@@ -831,10 +892,45 @@ def main(argv=None):
              "--shm-size, or lower --batch-size or --workers", status=1)
 
 
+def show_accuracy(settings, args, val_set, classes, device, rank, world):
+    """--eval: top-1, top-5 and loss of a run's student and its EMA, or of any timm model with weights."""
+    if args.student:
+        file = None if settings.student_weights == "pretrained" else settings.student_weights
+        students = {args.student: build_model(args.student, num_classes=classes, img_size=args.img_size, weights=file,
+                                              pretrained=not file, **settings.student_kwargs or {})}
+        settings.crop_pct = args.crop_pct or timm.get_pretrained_cfg(args.student).crop_pct
+    else:
+        files = {"student": "student.safetensors", "its EMA": "student_ema.safetensors"}
+        students = {name: load_student(settings.out, file) for name, file in files.items()
+                    if name == "student" or (Path(settings.out) / file).exists()}
+    some = next(iter(students.values()))
+    if some.num_classes != classes:
+        raise ValueError(f"the student knows {some.num_classes} classes and {settings.data} has {classes}")
+    config = resolve_data_config(pretrained_cfg=some.pretrained_cfg)
+    pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
+    _, loader = data.build_loaders(val_set, val_set, img_size=settings.img_size, mean=config["mean"], std=config["std"],
+                                   device=device, skip_bad_images=settings.skip_bad_images, **pipeline)
+    run = SimpleNamespace(device=device, rank=rank, world=world, stop=None)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.amp in ("student", "both"))
+    hooked = [HookedModel(student).to(device) for student in students.values()]
+    for name, (top1, top5, loss) in zip(students, evaluate(run, hooked, loader, len(val_set), autocast)):
+        if rank == 0:
+            print(f"{name}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {len(val_set)} images", flush=True)
+
+
+def warn_of_teacher(settings, top1, chance):
+    meant = settings.teacher_head == "random" or settings.teacher_weights == "random"
+    if top1 < chance + (100 - chance) / 10 and not meant:
+        warn(f"the teacher's {top1:.2f} % is near chance ({chance:.2f} %): it has nothing to teach; train it longer, "
+             f"from --student-weights pretrained, or choose another")
+
+
 def check_batch(settings, train_size, world):
     if train_size < settings.batch_size and not settings.dry_run:
         raise ValueError(f"{train_size} training images do not fill a batch of {settings.batch_size}: lower "
                          f"--batch-size")
+    if train_size // settings.batch_size < 5 and not settings.dry_run and int(os.environ.get("RANK", 0)) == 0:
+        warn(f"an epoch has {train_size // settings.batch_size} updates: lower --batch-size")
     if settings.batch_size % (world * settings.accum):
         raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
                          f"{settings.accum} accumulation steps: change --batch-size or --accum")

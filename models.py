@@ -244,7 +244,7 @@ def start_from(model, name, source, img_size, variant="plain"):
     """Copy into a student what fits of pretrained weights -> one line that counts what is new and what found no place.
 
     source: "pretrained" (timm's), a file, or a run's folder. By name and shape: a lifted student takes all blocks, a
-    widened one all but the last, a shallower one the first. Raises ValueError if less than half of the student fits.
+    widened one all but the last, a shallower one the first. Raises ValueError if less than half of what could fit does.
     """
     if source == "pretrained":
         size = dict(img_size=img_size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
@@ -265,9 +265,9 @@ def start_from(model, name, source, img_size, variant="plain"):
             taken.add((key, origin))
     new = [key for key in own if key not in {key for key, _ in taken}]
     count = lambda keys: sum(own[key].numel() for key in keys)
-    if count(new) > count(own) / 2:
-        raise ValueError(f"{source} fits only {1 - count(new) / count(own):.0%} of {name} ({variant}); it holds something "
-                         f"else{_hint(state, name)}")
+    possible = min(count(own), sum(value.numel() for value in state.values()))
+    if count(own) - count(new) < possible / 2:
+        raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state, name)}")
     left = [key for key in state if key not in {origin for _, origin in taken}]
     head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
     return (f"{name} starts from {source}: {count(own) - count(new):,} of {count(own):,} values; new{head}: "

@@ -383,6 +383,130 @@ def test_fake_cuda_finds_what_it_should(fake_cuda):
         fake_cuda("--method", "spectral", plant=waits)
 
 
+# Own images: weights to start from, a teacher from a run's folder, accuracy, small sets
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes that anyone can tell apart, 40 images each to train on and 8 to validate: bright and dark noise."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 40), ("val", 8)):
+        for label, base in (("bright", 150), ("dark", 0)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = base + np.random.default_rng([i, base, count]).integers(0, 100, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tuned(photos, tmp_path_factory):
+    """A run on the photos: the teacher-to-be."""
+    out = tmp_path_factory.mktemp("tuned") / "teacher"
+    train_kd.main(["--data", str(photos), "--method", "none", "--student", "deit_toy_patch8_32", "--student-kwargs",
+                   "depth=3", "--epochs", "3", "--device", "cpu", "--out", str(out)])
+    return out
+
+
+def test_eighty_photos_are_learned(tuned):
+    config = models.read_config(tuned)
+    assert config["settings"]["batch_size"] == 4 and config["images"]["train"] // 4 == 20
+    assert config["settings"]["lr"] == pytest.approx(2e-3 * 4 / 64) and config["class_names"] == ["bright", "dark"]
+    assert log_of(tuned)[-1]["top1"] == 100
+
+
+def test_load_student_on_one_photo(tuned, photos):
+    """The five lines of README's `Your own images`."""
+    student = models.load_student(tuned).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
+    for number, name in enumerate(models.read_config(tuned)["class_names"]):
+        image = Image.open(photos / "val" / name / "0.png").convert("RGB")
+        with torch.no_grad():
+            assert student(transform(image)[None]).softmax(-1)[0].argmax() == number
+
+
+@pytest.mark.parametrize("variant, classes, new", [
+    ("plain", 20, "nothing"),
+    ("plain", 2, "classifier drawn afresh"),
+    ("lifted", 20, "blocks.2"),
+    ("widened", 20, "blocks.2")])
+def test_start_from_weights(variant, classes, new, tmp_path):
+    kwargs = dict(num_classes=classes, img_size=32, depth=3)
+    source = models.build_model("deit_toy_patch8_32", **{**kwargs, "num_classes": 20})
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    student = models.build_model("deit_toy_patch8_32", variant=variant, teacher_width=96, **kwargs)
+    said = models.start_from(student, "deit_toy_patch8_32", str(tmp_path / "weights.pth"), 32, variant)
+    assert new in said.split("without a place")[0] and said.count("\n") == 0
+    theirs, ours = source.state_dict(), student.state_dict()
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        assert torch.equal(ours[key], theirs[key])
+    if variant == "lifted":
+        assert torch.equal(ours["blocks.2.0.attn.qkv.weight"], theirs["blocks.2.attn.qkv.weight"])
+    assert torch.equal(ours["head.weight"], theirs["head.weight"]) == (variant == "plain" and classes == 20)
+    shallow = models.build_model("deit_toy_patch8_32", **{**kwargs, "depth": 2})
+    said = models.start_from(shallow, "deit_toy_patch8_32", str(tmp_path / "weights.pth"), 32)
+    assert "without a place: blocks.2" in said and ("nothing" in said) == (classes == 20)
+    other = models.build_model("deit_toy_patch8_32", **{**kwargs, "embed_dim": 24})
+    with pytest.raises(ValueError, match="width 48, depth 3"):
+        models.start_from(other, "deit_toy_patch8_32", str(tmp_path / "weights.pth"), 32)
+
+
+def test_resume_of_a_run_from_weights(tuned, photos, tmp_path, monkeypatch, capsys):
+    """A teacher and a start from a run's folder; once there is a checkpoint the weights are not needed any more."""
+    shutil.copy(tuned / "student.safetensors", tmp_path / "start.safetensors")
+    flags = ["--data", str(photos), "--method", "soft", "--teacher-weights", str(tuned), "--student",
+             "deit_toy_patch8_32", "--student-kwargs", "depth=2", "--student-weights",
+             str(tmp_path / "start.safetensors"), "--epochs", "2", "--device", "cpu", "--out"]
+    train_kd.main([*flags, str(tmp_path / "whole")])
+    said = capsys.readouterr().out
+    settings = models.read_config(tmp_path / "whole")["settings"]
+    assert "starts from" in said and "teacher deit_toy_patch8_32: top-1 100.00 %" in said
+    assert settings["lr"] == pytest.approx(1e-4 * (4 / 64) ** 0.5) and settings["teacher_kwargs"] == {"depth": 3}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_kd, "report", lambda log, epochs: len(log) == 2 and sys.exit())
+        train_kd.main([*flags, str(tmp_path / "parts")])
+    (tmp_path / "start.safetensors").unlink()
+    train_kd.main(["--resume", "--out", str(tmp_path / "parts")])
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    for file in ("student", "student_ema"):
+        assert_same(*(models.read_weights(tmp_path / name / f"{file}.safetensors") for name in ("whole", "parts")))
+
+
+def test_eval_equals_the_log(tuned, photos, capsys):
+    """Of a run, on one process and two; of a model with weights; on a folder of classes without train/."""
+    last, before = log_of(tuned)[-1], {path: path.read_bytes() for path in tuned.iterdir()}
+    train_kd.main(["--eval", "--out", str(tuned), "--device", "cpu"])
+    one = capsys.readouterr().out.splitlines()
+    two = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py", "--eval", "--out",
+                 tuned, "--device", "cpu").stdout.splitlines()
+    assert one == two and len(one) == 2
+    for line, name, prefix in zip(one, ("student", "its EMA"), ("", "ema_")):
+        assert line.startswith(f"{name}: top-1 {last[prefix + 'top1']:.2f} %, top-5 {last[prefix + 'top5']:.2f} %")
+        assert line.endswith("16 images")
+    train_kd.main(["--eval", "--student", "deit_toy_patch8_32", "--student-kwargs", "depth=3", "--device", "cpu",
+                   "--student-weights", str(tuned / "student.safetensors"), "--data", str(photos / "val")])
+    assert capsys.readouterr().out == one[0].replace("student", "deit_toy_patch8_32") + "\n"
+    assert {path: path.read_bytes() for path in tuned.iterdir()} == before
+
+
+def test_warnings(photos, tmp_path, capsys, monkeypatch):
+    """A batch that leaves few updates; a teacher near chance, and one below its student; none where it is meant."""
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    torch.manual_seed(0)
+    teacher = models.build_model("deit_toy_patch8_32", num_classes=2, img_size=32)
+    with torch.no_grad():
+        teacher.head.bias.copy_(torch.tensor([9.0, 0.0]))               # everything is bright
+    torch.save(teacher.state_dict(), tmp_path / "dull.pth")
+    flags = ["--data", str(photos), "--method", "soft", "--alpha", "0.1", "--teacher", "deit_toy_patch8_32", "--device",
+             "cpu", "--epochs", "3", "--student-kwargs", "depth=3"]
+    train_kd.main([*flags, "--teacher-weights", str(tmp_path / "dull.pth"), "--out", str(tmp_path / "a")])
+    said = capsys.readouterr().err
+    assert "50.00 % is near chance" in said and "ends above its teacher (50.00 %)" in said
+    train_kd.main([*flags, "--teacher-weights", "random", "--batch-size", "40", "--out", str(tmp_path / "b")])
+    said = capsys.readouterr().err
+    assert "near chance" not in said and "an epoch has 2 updates: lower --batch-size" in said
+
+
 def launch(*command, check=True):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -820,6 +944,18 @@ TRAIN_MISTAKES = {                                                      # flags,
     "depth 0": ("--student-kwargs depth=0", "no layers"),
     "kwargs without a value": ("--student-kwargs embed_dim", "KEY=VALUE"),
     "warm-up": ("--epochs 5 --warmup-epochs 5", "--warmup-epochs"),
+    "weights of another model":
+        ("--teacher deit_toy_patch8_32 --teacher-weights weights/cait_toy_shapes.safetensors", "try cait_toy"),
+    "weights of another size": ("--img-size 48 --dry-run", "try --img-size 32"),
+    "start from another model":
+        ("--method none --student-weights weights/cait_toy_shapes.safetensors", "try cait_toy_patch8_32"),
+    "start from nothing": ("--method none --student-weights {0}/absent.pth", "absent.pth"),
+    "no pretrained weights": ("--method none --student-weights pretrained", "pretrained weights of deit_toy"),
+    "teacher run, other teacher": ("--teacher-weights {0}/run --teacher cait_toy_patch8_32", "leave --teacher out"),
+    "teacher run, other classes": ("--data {0}/good --teacher-weights {0}/run --batch-size 2", "20 classes"),
+    "eval of nothing": ("--eval --out {0}/norun", "norun"),
+    "eval without weights": ("--eval --student deit_toy_patch8_32", "--student-weights"),
+    "eval, idle flag": ("--eval --out {0}/run --epochs 3", "--epochs"),
     "teacher of NaN": ("--teacher-weights {0}/nan.pth", "NaN"),
     "dry run, image size": ("--img-size 48 --dry-run", "pos_embed"),
     "too many pixels": ("--data {0}/bomb --method none --batch-size 1", "exceeds limit"),
@@ -857,7 +993,7 @@ ANALYZE_MISTAKES = {
 def test_mistakes(program, mistake, world, capsys, monkeypatch):
     words, expected = (TRAIN_MISTAKES if program is train_kd else ANALYZE_MISTAKES)[mistake]
     words = words.format(world).split()
-    if program is train_kd and "--resume" not in words:
+    if program is train_kd and not {"--resume", "--eval"} & {*words}:
         size = [] if "--data" in words else ["--train-size", "64"]
         batch = [] if "--batch-size" in words else ["--batch-size", "16"]
         words = [*size, *batch, *words]

@@ -535,8 +535,6 @@ def write_summary(subjects, args):
 DASHES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 SHADES = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f", "#5e3c99", "#d98cb3")
-
-
 matplotlib.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.4,
     "lines.markersize": 3.5, "errorbar.capsize": 3, "legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10,
@@ -555,14 +553,14 @@ def save(figure, path, ncols=2):
     figure.savefig(path)
 
 
-def draw_by_depth(subjects, series, ylabel, title, path):
+def draw_by_depth(series, subjects, ylabel, title, path):
     """One line a model; models of other depths share the axis by relative depth."""
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.subplots()
     same = len({tuple(s.numbers) for s in subjects}) == 1
-    for i, s in enumerate(subjects):
+    for i, (s, values) in enumerate(zip(subjects, series)):
         x = s.numbers if same else (np.array(s.numbers) - 1) / max(1, s.depth - 1)
-        axes.plot(x, series(s), label=s.label, **style(i))
+        axes.plot(x, values, label=s.label, **style(i))
     axes.set(xlabel="layer" if same else "relative depth (0: first layer, 1: last)", ylabel=ylabel, title=title)
     axes.xaxis.get_major_locator().set_params(integer=same)
     save(figure, path)
@@ -629,13 +627,12 @@ def draw_sep(subjects, path):
 
 
 def draw_all(subjects, out):
-    for name, text in RANGES.items():
-        if name in subjects[0].entropy:
-            draw_by_depth(subjects, lambda s: s.entropy[name], "entropy (bits)",
-                          f"Entropy by layer (DD Eq. 3-5):\n{text.format('model')}", out / f"{named('entropy', name)}.png")
-    for key, (_, ylabel, title) in BY_LAYER.items():
-        if key in subjects[0].layers:
-            draw_by_depth(subjects, lambda s: s.layers[key], ylabel, title, out / f"{key}.png")
+    for name in subjects[0].entropy:
+        title = f"Entropy by layer (DD Eq. 3-5):\n{RANGES[name].format('model')}"
+        draw_by_depth([s.entropy[name] for s in subjects], subjects, "entropy (bits)", title,
+                      out / f"{named('entropy', name)}.png")
+    for key in BY_LAYER.keys() & subjects[0].layers.keys():
+        draw_by_depth([s.layers[key] for s in subjects], subjects, *BY_LAYER[key][1:], out / f"{key}.png")
     draw_spectra(subjects, out / "spectra.png")
     draw_ranks(subjects, out / "ranks.png")
     draw_sep(subjects, out / "sep.png")
@@ -647,9 +644,9 @@ def draw_all(subjects, out):
 
 def evolution(args, device):
     """Entropy by layer at the snapshots of runs: evolution.csv, and a figure a kind of range with a panel a run."""
-    runs = [Path(text) for text in args.evolution]
+    runs = [Path(text).resolve() for text in args.evolution]
     panels = {}                                                         # {run: [a subject a snapshot]}
-    for run, name in zip(runs, endings([run.resolve() for run in runs])):
+    for run, name in zip(runs, endings(runs)):
         snapshots = sorted(run.glob("epoch_*.pt"))
         if not snapshots:
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")

@@ -441,8 +441,7 @@ def clear(out):
 def write_csv(path, header, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in (header, *rows))
 
 
 def entropy_rows(subject):
@@ -721,8 +720,8 @@ def read_runs(folder):
         runs[name, settings["seed"]] = {
             "name": name, "seed": settings["seed"],
             "settings": {key: value for key, value in settings.items() if key not in ("seed", "out")},
-            "student_parameters": config["parameters"]["student"], "layers": config["layers"],
-            "versions": config["versions"], "commit": config["commit"], "command": config["command"],
+            "student_parameters": config["parameters"]["student"],
+            **{key: config[key] for key in ("layers", "versions", "commit", "command")},
             "seconds": brief(float(np.median([line["seconds"] for line in log]))),      # of an epoch
             "terms": {term: [brief(line["terms"].get(term)) for line in log] for term in log[0]["terms"]},
             **{key: [brief(line.get(key)) for line in log] for key in ("top1", "ema_top1")}}

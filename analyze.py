@@ -26,9 +26,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
@@ -116,14 +118,7 @@ def pca_ranks(X, moment, levels=LEVELS):
 
     Tokens [B, N, C], second moment [C, C] of all images' tokens -> int64 [B, len(levels)].
     """
-    return _ranks_along(_principal_axes(moment), X, levels)
-
-
-def _principal_axes(moment):
-    return torch.linalg.eigh(moment.double()).eigenvectors.flip(-1)     # by falling eigenvalue
-
-
-def _ranks_along(axes, X, levels=LEVELS):
+    axes = torch.linalg.eigh(moment.double()).eigenvectors.flip(-1)     # by falling eigenvalue
     return _smallest_k((X.double() @ axes).square().sum(1), levels)
 
 
@@ -195,15 +190,16 @@ def load_image(path):
 
 
 class Subject:
-    """A model to be measured. `kind`: teacher, student, model, untrained; `label`: its name in tables and legends.
+    """A model to be measured, and what was measured. `kind`: teacher, student, model, untrained or control.
 
-    `build(trained)` makes the timm model. `numbers`: its layers counted from 1 (a CNN's stem is 0), of `depth`.
+    `build(trained)` makes the timm model; `label` names it in tables and legends. `numbers`: its layers counted from 1
+    (a CNN's stem is 0), of `depth`; `modules`: timm's names for them. `load`: the functions that load its images.
     """
 
     def __init__(self, kind, name, path, build, args, device):
-        self.kind, self.name, self.path, self.build = kind, name, path, build
+        self.kind, self.name, self.path, self.build, self.device = kind, name, path, build, device
         short = name.replace("_patch8_32", "")
-        self.label = f"student {path.name}" if kind == "student" else short if kind == "model" else f"{kind} {short}"
+        self.label = f"student {path.name}" if kind == "student" else f"{kind} {short}".removeprefix("model ")
         torch.manual_seed(args.seed)
         model = build(kind != "untrained")
         blocks = stages(model) or list(range(len(model.feature_info)))
@@ -221,14 +217,12 @@ class Subject:
         return [A.cpu() if A.device.type == "mps" else A for A in maps]
 
 
-class Control:
+class Control(Subject):
     """Maps that hold nothing, shaped as a subject's: Gaussian noise, or one pattern times one weight a token."""
 
     def __init__(self, label, subject, seed):
-        self.kind, self.name, self.label, self.subject, self.seed = "control", label, label, subject, seed
-        self.like = None
-        self.transform, self.modules, self.numbers, self.depth = (
-            subject.transform, subject.modules, subject.numbers, subject.depth)
+        vars(self).update(vars(subject), kind="control", name=label, label=label)
+        self.subject, self.seed, self.like = subject, seed, None
 
     def maps(self, start, images):
         generator = torch.Generator().manual_seed(data.seed_of(self.seed, start))
@@ -243,12 +237,8 @@ class Control:
 def open_subjects(args, device, run=None):
     """The models of --models, or teacher and student of a run; with --controls the first one's null controls."""
     subjects = open_teacher(run, args, device) if run else []
-    for text in args.models or [str(run)]:
-        if (Path(text) / "config.json").is_file():
-            subjects.append(open_student(Path(text), args, device))
-        else:
-            name, _, source = text.partition("=")
-            subjects.append(open_model("model", name, source, args.img_size, args.model_kwargs or {}, args, device))
+    options = {"img_size": args.img_size, **args.model_kwargs}
+    subjects += [open_model(text, args, device, options) for text in args.models or [str(run)]]
     first = subjects[0]
     if args.controls:
         if ("untrained", first.name) not in [(subject.kind, subject.name) for subject in subjects]:
@@ -258,23 +248,24 @@ def open_subjects(args, device, run=None):
     return subjects
 
 
-def open_model(kind, name, source, img_size, options, args, device):
-    """A timm model with its pretrained weights, those of the file `source`, or none (source "random")."""
+def open_model(text, args, device, options, kind="model", file="student.safetensors"):
+    """The folder of a run (its student), or NAME (a timm model, pretrained), NAME=FILE, NAME=random."""
+    run = Path(text)
+    if (run / "config.json").is_file():
+        settings = read_config(run)["settings"]
+        name = f"{settings['variant']} {settings['student']}".removeprefix("plain ")
+        kind = "student" if kind == "model" else kind
+        return Subject(kind, name, run.resolve(), lambda trained: load_student(run, file, trained), args, device)
+    name, _, source = text.partition("=")
     classes = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else 1   # no matter: only maps are used
 
     def build(trained):
-        return build_model(name, num_classes=classes, img_size=img_size, random_head=True, **options,
+        return build_model(name, num_classes=classes, random_head=True, **options,
                            pretrained=trained and not source, weights=source if trained else None)
 
     if source == "random":
         return Subject("untrained", name, None, build, args, device)
     return Subject(kind, name, Path(source).resolve() if source else None, build, args, device)
-
-
-def open_student(run, args, device, file="student.safetensors", kind="student"):
-    settings = read_config(run)["settings"]
-    name = settings["student"] if settings["variant"] == "plain" else f"{settings['variant']} {settings['student']}"
-    return Subject(kind, name, run.resolve(), lambda trained: load_student(run, file, trained), args, device)
 
 
 def open_teacher(run, args, device):
@@ -284,13 +275,12 @@ def open_teacher(run, args, device):
         settings.update(teacher="cait_toy_patch8_32", teacher_weights=EMBEDDED, teacher_kwargs=None, img_size=None)
         if settings["data"] != "shapes":
             return []
-    source = settings["teacher_weights"] or ""
-    if source and (Path(source) / "config.json").is_file():
-        return [open_student(Path(source), args, device, kind="teacher")]
-    if source == EMBEDDED:
-        source = str(HERE / source)                                     # from any working folder, as in train_kd.py
-    options = settings.get("teacher_kwargs") or {}
-    return [open_model("teacher", settings["teacher"], source, settings["img_size"], options, args, device)]
+    text, weights = settings["teacher"], settings["teacher_weights"]
+    if weights:
+        weights = str(HERE / weights) if weights == EMBEDDED else weights   # from any working folder, as in train_kd.py
+        text = weights if (Path(weights) / "config.json").is_file() else f"{text}={weights}"
+    options = {"img_size": settings["img_size"], **(settings.get("teacher_kwargs") or {})}
+    return [open_model(text, args, device, options, kind="teacher")]
 
 
 def tell_apart(subjects):
@@ -321,74 +311,69 @@ RANGES = {"global": "each {} over its own range, all its layers together", "laye
 FINE = 2 ** 15                                                          # bins in arcsinh(1000 x), 0.1 % wide
 
 
-def batches(subject, load, args, device, stage):
-    """Yield (index of the first image, images [b, 3, H, W])."""
-    size = args.batch_size
+def batches(subject, args, stage):
+    """Yield the feature maps of one batch of images, and the share of all images that are in it."""
+    load, size = subject.load, args.batch_size
     for start in tqdm(range(0, len(load), size), desc=f"{subject.label}: {stage}", leave=False, disable=None):
         images = torch.stack([subject.transform(get()) for get in load[start:start + size]])
-        yield start, images.to(device, non_blocking=True)
-
-
-def measure(subjects, loads, args, device):
-    """All metrics of all subjects on their images; nothing that grows with the images is kept but the ranks."""
-    ends, moments = zip(*(find_ranges(*pair, args, device) for pair in zip(subjects, loads)))
-    shared = min(low for end in ends for low, _ in end["layer"]), max(high for end in ends for _, high in end["layer"])
-    for end in ends:
-        end["shared"] = [shared] * len(end["layer"])
-    return [find_metrics(*each, args, device) for each in zip(subjects, loads, ends, moments)]
+        yield subject.maps(start, images.to(subject.device, non_blocking=True)), len(images) / len(load)
 
 
 @torch.inference_mode()
-def find_ranges(subject, load, args, device):
+def measure(subjects, args):
+    """All metrics of all subjects on their images; nothing that grows with the images is kept but the ranks."""
+    for subject in subjects:
+        find_ranges(subject, args)
+    lows, highs = zip(*(ends for subject in subjects for ends in subject.ranges["layer"]))
+    for subject in subjects:
+        subject.ranges["shared"] = [(min(lows), max(highs))] * len(subject.modules)
+        find_metrics(subject, args)
+
+
+def find_ranges(subject, args):
     """First pass: {kind of range: (lo, hi) of every layer}, and the second moment of the last layer's tokens."""
-    count = len(subject.modules)
-    lows, highs, fine, moment = torch.full((count,), math.inf), torch.full((count,), -math.inf), 0, 0
-    for start, images in batches(subject, load, args, device, "ranges"):
-        maps = subject.maps(start, images)
-        for layer, A in enumerate(maps):
-            low, high = A.aminmax()
-            lows[layer], highs[layer] = min(lows[layer], low.item()), max(highs[layer], high.item())
-            if "percentile" in args.entropy_range:
-                fine = fine + fine_counts(A)
-        moment = moment + second_moment(tokens_of(maps[-1])) * len(images) / len(load)
+    count, fine, subject.moment = len(subject.modules), 0, 0
+    lows, highs = torch.full((count,), math.inf), torch.full((count,), -math.inf)
+    for maps, weight in batches(subject, args, "ranges"):
+        ends = torch.tensor([[end.item() for end in A.aminmax()] for A in maps])
+        lows, highs = torch.minimum(lows, ends[:, 0]), torch.maximum(highs, ends[:, 1])
+        if "percentile" in args.entropy_range:
+            fine = fine + sum(map(fine_counts, maps))
+        subject.moment = subject.moment + second_moment(tokens_of(maps[-1])) * weight
     if not (lows.isfinite() & highs.isfinite()).all():
         raise ValueError(f"{subject.label} yields values that are not finite on these images")
-    ranges = {"global": [(lows.min().item(), highs.max().item())] * count,
-              "layer": list(zip(lows.tolist(), highs.tolist()))}
+    subject.ranges = {"global": [(lows.min().item(), highs.max().item())] * count,
+                      "layer": list(zip(lows.tolist(), highs.tolist()))}
     if "percentile" in args.entropy_range:
-        ranges["percentile"] = [fine_percentiles(fine, 0.001, 0.999)] * count
-    return ranges, moment
+        subject.ranges["percentile"] = [fine_percentiles(fine, 0.001, 0.999)] * count
 
 
-@torch.inference_mode()
-def find_metrics(subject, load, ranges, moment, args, device):
-    """Second pass: everything else."""
-    count, axes = len(subject.modules), _principal_axes(moment)
-    sums = {name: torch.zeros(count, dtype=torch.float64) for name in (*args.entropy_range, "magnitude")}
-    spectra, ranks, pca, sep, permuted = [0] * count, [[] for _ in range(count)], [], 0, 0
-    permutation = torch.randperm(len(axes), generator=torch.Generator().manual_seed(args.seed)).to(axes.device)
-    for start, images in batches(subject, load, args, device, "metrics"):
-        maps, weight = subject.maps(start, images), len(images) / len(load)
+def find_metrics(subject, args):
+    """Second pass: everything else. What has a value a layer goes to `entropy` (by range) and `layers` (by name)."""
+    count, C = len(subject.modules), len(subject.moment)
+    entropy = {name: [0] * count for name in args.entropy_range}
+    layers = {name: [0] * count for name in ("magnitude", "spectra", "svd_layers")}
+    svd, pca, sep = [], [], 0
+    permutation = torch.randperm(C, generator=torch.Generator().manual_seed(args.seed))
+    for maps, weight in batches(subject, args, "metrics"):
         for layer, A in enumerate(maps):
-            for name in args.entropy_range:
-                sums[name][layer] += entropy_map(A, *ranges[name][layer]).mean().item() * weight
-            sums["magnitude"][layer] += magnitude(A).item() * weight
-            spectra[layer] += channel_spectrum(A).double() * weight
+            for name, values in entropy.items():
+                values[layer] += entropy_map(A, *subject.ranges[name][layer]).mean().item() * weight
+            layers["magnitude"][layer] += magnitude(A).item() * weight
+            layers["spectra"][layer] += channel_spectrum(A).double().cpu().numpy() * weight
             if args.layer_ranks or layer == count - 1:
-                ranks[layer].append(energy_ranks(tokens_of(A)).cpu())
+                ranks = energy_ranks(tokens_of(A)).cpu()
+                layers["svd_layers"][layer] += ranks[:, -1].double().mean().item() * weight
         X = tokens_of(maps[-1])
-        pca.append(_ranks_along(axes, X).cpu())
-        sep += sep_curve(X).double() * weight
-        permuted += sep_curve(X[..., permutation]).double() * weight
-    return {"subject": subject, "label": subject.label, "numbers": subject.numbers, "modules": subject.modules,
-            "images": len(load), "tokens": X.shape[1], "channels": X.shape[2],
-            "entropy": {name: sums[name].tolist() for name in args.entropy_range},
-            "magnitude": sums["magnitude"].tolist(),
-            "spectra": [S.tolist() for S in spectra], "intensity": [S.mean().item() for S in spectra],
-            "svd_layers": [torch.cat(r)[:, -1].double().mean().item() if r else None for r in ranks],
-            "svd": torch.cat(ranks[-1]).numpy(), "pca": torch.cat(pca).numpy(),
-            "sep": sep.tolist(), "sep_permuted": permuted.tolist(),
-            "bands": sep_bandwidth(sep).tolist(), "bands_permuted": sep_bandwidth(permuted).tolist()}
+        svd.append(ranks)
+        pca.append(pca_ranks(X, subject.moment).cpu())
+        sep += torch.stack([sep_curve(X), sep_curve(X[..., permutation.to(X.device)])]).double().cpu() * weight
+    layers["intensity"] = [S.mean() for S in layers["spectra"]]
+    if not args.layer_ranks:
+        del layers["svd_layers"]
+    subject.entropy, subject.layers, (subject.sep, subject.sep_permuted) = entropy, layers, sep
+    subject.tokens, subject.channels = X.shape[1:]
+    subject.ranks = {"svd": torch.cat(svd).numpy(), "pca": torch.cat(pca).numpy()}
 
 
 def fine_counts(A):
@@ -407,21 +392,20 @@ def fine_percentiles(counts, *shares):
 # DD Figs. 1, 5, 6: the layer of the entropy's minimum, counted from 1)
 
 PUBLISHED = {
-    "vit_tiny_patch16_224": dict(note="ViT-Tiny (21k)", svd=(1, 2, 7, 52), pca=(1, 17, 71, 154)),
-    "cait_s24_224": dict(note="CaiT-S24", svd=(14, 34, 61, 121), pca=(167, 247, 302, 359), minimum="8-9",
+    "vit_tiny_patch16_224": dict(svd=(1, 2, 7, 52), pca=(1, 17, 71, 154)),                          # 21k
+    "cait_s24_224": dict(svd=(14, 34, 61, 121), pca=(167, 247, 302, 359), minimum="8-9",
                          bands=(0.500, 0.599, 0.703, 0.805, 0.901)),
-    "deit_small_patch16_224": dict(note="DeiT-Small", svd=(30, 59, 89, 146), pca=(205, 278, 324, 369),
+    "deit_small_patch16_224": dict(svd=(30, 59, 89, 146), pca=(205, 278, 324, 369),
                                    bands=(0.503, 0.602, 0.701, 0.797, 0.901)),
-    "swin_small_patch4_window7_224": dict(note="Swin-Small", svd=(3, 7, 15, 33), pca=(129, 336, 495, 691),
+    "swin_small_patch4_window7_224": dict(svd=(3, 7, 15, 33), pca=(129, 336, 495, 691),
                                           bands=(0.501, 0.599, 0.701, 0.799, 0.901)),
-    "vit_large_patch16_224": dict(note="ViT-Large (21k)", svd=(5, 16, 39, 115), pca=(255, 498, 694, 933)),
-    "vit_base_patch16_224.dino": dict(note="ViT-Base DINO", svd=(39, 75, 109, 165), pca=(382, 529, 624, 731)),
-    "vit_small_patch16_224.dino": dict(note="ViT-Small DINO", bands=(0.477, 0.583, 0.690, 0.792, 0.896)),
-    "vit_base_patch14_dinov2": dict(note="ViT-Base DINOv2", svd=(19, 39, 67, 146), pca=(384, 519, 606, 704)),
-    "vit_base_patch16_224.mae": dict(note="ViT-Base MAE", svd=(1, 7, 34, 113), pca=(1, 58, 235, 585), minimum="4"),
-    "vit_base_patch16_clip_224": dict(note="ViT-Base CLIP", svd=(6, 27, 60, 135), pca=(129, 340, 502, 704)),
-    "vit_base_patch16_224": dict(note="ViT, supervised", minimum="9"),
-}
+    "vit_large_patch16_224": dict(svd=(5, 16, 39, 115), pca=(255, 498, 694, 933)),                  # 21k
+    "vit_base_patch16_224.dino": dict(svd=(39, 75, 109, 165), pca=(382, 529, 624, 731)),
+    "vit_small_patch16_224.dino": dict(bands=(0.477, 0.583, 0.690, 0.792, 0.896)),
+    "vit_base_patch14_dinov2": dict(svd=(19, 39, 67, 146), pca=(384, 519, 606, 704)),
+    "vit_base_patch16_224.mae": dict(svd=(1, 7, 34, 113), pca=(1, 58, 235, 585), minimum="4"),
+    "vit_base_patch16_clip_224": dict(svd=(6, 27, 60, 135), pca=(129, 340, 502, 704)),
+    "vit_base_patch16_224": dict(minimum="9")}
 
 
 def published(subject, key):
@@ -436,10 +420,16 @@ BY_LAYER = {                                                            # a colu
     "magnitude": ("mean_abs_activation", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
     "intensity": ("mean_spectrum", "mean of S[k] over k", "Intensity by layer (SK)"),
     "svd_layers": ("mean_rank_99", "mean rank at 99 % energy", "SVD rank by layer (EM)")}
-FILES = {"summary.md", "study.png", "dose.png",                         # what this file writes, but for study.jsonl
-         *(f"{stem}{tail}.{end}" for stem in ("entropy", "evolution") for tail in ("", *(f"_{name}" for name in RANGES))
-           for end in ("csv", "png")),
-         *(f"{stem}.{end}" for stem in (*BY_LAYER, "spectra", "ranks", "sep") for end in ("csv", "png"))}
+
+
+def named(stem, range_name):
+    """entropy.png is over the papers' range; the others say theirs."""
+    return stem if range_name == "global" else f"{stem}_{range_name}"
+
+
+FILES = {"summary.md", *(f"{stem}.{end}" for end in ("csv", "png") for stem in (       # all but study.jsonl
+    *BY_LAYER, "spectra", "ranks", "sep", "study", "dose",
+    *(named(stem, name) for stem in ("entropy", "evolution") for name in RANGES)))}
 
 
 def clear(out):
@@ -451,36 +441,40 @@ def clear(out):
 def write_csv(path, header, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in (header, *rows))
 
 
-def write_tables(results, out):
-    def by_layer(r, values):
-        return [(r["label"], *row) for row in zip(r["numbers"], r["modules"], values) if row[-1] is not None]
+def entropy_rows(subject):
+    return [(number, module, name, value) for name, values in subject.entropy.items()
+            for number, module, value in zip(subject.numbers, subject.modules, values)]
 
+
+def write_tables(subjects, out):
     head = ("model", "layer", "module")
+
+    def by_layer(key):
+        return [(s.label, *row) for s in subjects for row in zip(s.numbers, s.modules, s.layers[key])]
+
     write_csv(out / "entropy.csv", (*head, "range", "entropy_bits"),
-              [(*row, name, value) for r in results for name, values in r["entropy"].items()
-               for *row, value in by_layer(r, values)])
-    for key, (column, _, _) in BY_LAYER.items():
-        write_csv(out / f"{key}.csv", (*head, column), [row for r in results for row in by_layer(r, r[key])])
+              [(s.label, *row) for s in subjects for row in entropy_rows(s)])
+    for key in subjects[0].layers.keys() & BY_LAYER.keys():
+        write_csv(out / f"{key}.csv", (*head, BY_LAYER[key][0]), by_layer(key))
     write_csv(out / "spectra.csv", (*head, "k", "magnitude"),
-              [(*row, k, value) for r in results for *row, S in by_layer(r, r["spectra"]) for k, value in enumerate(S)])
+              [(*row, k, value) for *row, S in by_layer("spectra") for k, value in enumerate(S)])
     write_csv(out / "ranks.csv", ("model", "image", "method", *(f"rank_{level:.0%}" for level in LEVELS)),
-              [(r["label"], i, method, *map(int, row)) for r in results for method in ("svd", "pca")
-               for i, row in enumerate(r[method])])
+              [(s.label, i, method, *row) for s in subjects for method, ranks in s.ranks.items()
+               for i, row in enumerate(ranks)])
     write_csv(out / "sep.csv", ("model", "channels", "sep_percent", "sep_percent_permuted"),
-              [(r["label"], k + 1, *pair) for r in results for k, pair in enumerate(zip(r["sep"], r["sep_permuted"]))])
+              [(s.label, k, *pair) for s in subjects
+               for k, pair in enumerate(zip(s.sep.tolist(), s.sep_permuted.tolist()), 1)])
 
 
-def closeness(result, reference):
+def closeness(subject, reference):
     """SK: how alike two intensity profiles are by relative depth: Pearson's r, and the mean |log2 ratio|."""
-    depth = np.linspace(0, 1, len(reference["intensity"]))
-    profile = np.interp(depth, np.linspace(0, 1, len(result["intensity"])), result["intensity"])
-    flat = np.std(profile) < 1e-9 * np.mean(profile) or np.std(reference["intensity"]) == 0
-    return (math.nan if flat else np.corrcoef(profile, reference["intensity"])[0, 1],
-            np.abs(np.log2(profile / reference["intensity"])).mean())
+    ours, theirs = subject.layers["intensity"], np.array(reference.layers["intensity"])
+    ours = np.interp(np.linspace(0, 1, len(theirs)), np.linspace(0, 1, len(ours)), ours)
+    flat = np.std(ours) < 1e-9 * np.mean(ours) or np.std(theirs) == 0
+    return math.nan if flat else np.corrcoef(ours, theirs)[0, 1], np.abs(np.log2(ours / theirs)).mean()
 
 
 SEP_NOTE = """Beside noise and the rank-1 pattern, because SEP alone says little: the channel index has no order, so a
@@ -495,42 +489,43 @@ def markdown(title, note, columns, rows):
             *(f"| {' | '.join(map(str, cells))} |" for cells in lines)]
 
 
-def write_summary(results, args, out):
+def write_summary(subjects, args):
     """summary.md: ours and, where a model is one of the papers', the published numbers."""
     def listed(values, form):
         return "/".join(format(value, form).removeprefix("0") or "0" for value in values) or "-"
 
-    def depth(r, values):
-        return f"{values[0]:.3f}", f"{min(values):.3f} ({r['numbers'][int(np.argmin(values))]})", f"{values[-1]:.3f}"
+    def depth(s, values):
+        return f"{values[0]:.3f}", f"{min(values):.3f} ({s.numbers[int(np.argmin(values))]})", f"{values[-1]:.3f}"
 
-    def ranks(r, method):
-        ours = np.round(np.percentile(r[method], 99, axis=0))
-        return listed(ours, ".0f"), listed(published(r["subject"], method), ".0f")
+    def ranks(s, method):
+        ours = np.round(np.percentile(s.ranks[method], 99, axis=0))
+        return listed(ours, ".0f"), listed(published(s, method), ".0f")
 
-    def sep(r):
-        difference = np.abs(np.subtract(r["sep"], r["sep_permuted"])).mean()
-        bands = r["bands"], published(r["subject"], "bands"), r["bands_permuted"]
-        return *(listed(values, ".3f") for values in bands), f"{difference:.3f}"
+    def sep(s):
+        bands = sep_bandwidth(s.sep).tolist(), published(s, "bands"), sep_bandwidth(s.sep_permuted).tolist()
+        return *(listed(values, ".3f") for values in bands), f"{(s.sep - s.sep_permuted).abs().mean():.3f}"
 
+    first, *others = subjects
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    lines = [f"# {results[0]['images']} images of {Path(args.data).name}", "", f"`{command}`"]
     ends = ("first", "minimum (layer)", "last")
-    lines += markdown("Depth (DD Figs. 1, 2, 5, 6)",
-                      "Layers counted from 1. A U falls to a minimum inside and rises again.",
-                      ["model", "entropy range", *ends, "published minimum", *(f"magnitude {end}" for end in ends)],
-                      [[r["label"], name, *depth(r, entropy), published(r["subject"], "minimum") or "-",
-                        *depth(r, r["magnitude"])] for r in results for name, entropy in r["entropy"].items()])
-    lines += markdown("Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)",
-                      "No SVD rank can exceed min(N tokens, C channels), no PCA rank C.",
-                      ["model", "N", "C", "SVD", "published", "dataset PCA", "published"],
-                      [[r["label"], r["tokens"], r["channels"], *ranks(r, "svd"), *ranks(r, "pca")] for r in results])
-    lines += markdown("SEP bandwidth at 50/60/70/80/90 % (EM)", SEP_NOTE,
-                      ["model", "bandwidth", "published", "channels permuted", "mean difference (points)"],
-                      [[r["label"], *sep(r)] for r in results])
-    lines += markdown(f"Intensity by depth, compared with {results[0]['label']} (SK)", "",
-                      ["model", "Pearson's r of the profiles", "mean distance (octaves)"],
-                      [[r["label"], *(f"{value:.3f}" for value in closeness(r, results[0]))] for r in results[1:]])
-    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [
+        f"# {len(first.load)} images of {Path(args.data).name}", "", f"`{command}`",
+        *markdown("Depth (DD Figs. 1, 2, 5, 6)",
+                  "Layers counted from 1. A U falls to a minimum inside and rises again.",
+                  ["model", "entropy range", *ends, "published minimum", *(f"magnitude {end}" for end in ends)],
+                  [[s.label, name, *depth(s, entropy), published(s, "minimum") or "-",
+                    *depth(s, s.layers["magnitude"])] for s in subjects for name, entropy in s.entropy.items()]),
+        *markdown("Ranks of the last layer, 99th percentile over images, at 80/90/95/99 % energy (EM)",
+                  "No SVD rank can exceed min(N tokens, C channels), no PCA rank C.",
+                  ["model", "N", "C", "SVD", "published", "dataset PCA", "published"],
+                  [[s.label, s.tokens, s.channels, *ranks(s, "svd"), *ranks(s, "pca")] for s in subjects]),
+        *markdown("SEP bandwidth at 50/60/70/80/90 % (EM)", SEP_NOTE,
+                  ["model", "bandwidth", "published", "channels permuted", "mean difference (points)"],
+                  [[s.label, *sep(s)] for s in subjects]),
+        *markdown(f"Intensity by depth, compared with {first.label} (SK)", "",
+                  ["model", "Pearson's r of the profiles", "mean distance (octaves)"],
+                  [[s.label, *(f"{value:.3f}" for value in closeness(s, first))] for s in others])]
+    (args.out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -539,124 +534,107 @@ def write_summary(results, args, out):
 DASHES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 SHADES = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f", "#5e3c99", "#d98cb3")
+matplotlib.rcParams.update({
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.4,
+    "lines.markersize": 3.5, "errorbar.capsize": 3, "legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10,
+    "figure.labelsize": 9, "savefig.dpi": 80, "figure.constrained_layout.use": True})
 
 
-def plotter():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "axes.grid": True,
-                         "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 80,
-                         "figure.constrained_layout.use": True})
-    return plt
+def style(i):
+    return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], marker=MARKERS[(i + i // 8) % 8])
 
 
-def style(i, markers=True):
-    marked = {"marker": MARKERS[(i + i // 8) % 8], "markersize": 3.5} if markers else {}
-    return dict(color=SHADES[i % 8], linestyle=DASHES[i % 8], **marked)
-
-
-def finish(plt, figure, path, legend=None, ncols=2):
-    if legend:
-        figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
+def save(figure, path, ncols=2):
+    """Write a figure, under it one legend for all its panels."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
     figure.savefig(path)
-    plt.close(figure)
 
 
-def named(stem, range_name):
-    """entropy.png is over the papers' range; the others say theirs."""
-    return f"{stem}.png" if range_name == "global" else f"{stem}_{range_name}.png"
-
-
-def draw_by_depth(results, series, ylabel, title, path):
+def draw_by_depth(series, subjects, ylabel, title, path):
     """One line a model; models of other depths share the axis by relative depth."""
-    plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    same = len({tuple(r["numbers"]) for r in results}) == 1
-    for i, r in enumerate(results):
-        x = np.array(r["numbers"]) if same else (np.array(r["numbers"]) - 1) / max(1, r["subject"].depth - 1)
-        axes.plot(x, series(r), label=r["label"], **style(i))
-    axes.set(xlabel="layer" if same else "relative depth (0: first layer, 1: last)", ylabel=ylabel)
-    axes.set_title(title, fontsize=10)
-    if same:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    finish(plt, figure, path, legend=axes)
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.subplots()
+    same = len({tuple(s.numbers) for s in subjects}) == 1
+    for i, (s, values) in enumerate(zip(subjects, series)):
+        x = s.numbers if same else (np.array(s.numbers) - 1) / max(1, s.depth - 1)
+        axes.plot(x, values, label=s.label, **style(i))
+    axes.set(xlabel="layer" if same else "relative depth (0: first layer, 1: last)", ylabel=ylabel, title=title)
+    axes.xaxis.get_major_locator().set_params(integer=same)
+    save(figure, path)
 
 
-def draw_spectra(results, path):
+def draw_spectra(subjects, path):
     """DD Figs. 3 and 7: S[k] for k < C/2: first two, middle two, last two layers, or first and last of a few stages."""
-    plt = plotter()
-    picks = [sorted({0, 1, d // 2 - 1, d // 2, d - 2, d - 1}) if d >= 6 else sorted({0, d - 1})
-             for d in (len(r["modules"]) for r in results)]
+    picks = [sorted({0, 1, d // 2 - 1, d // 2, d - 2, d - 1} if d >= 6 else {0, d - 1})
+             for d in (len(s.modules) for s in subjects)]
     columns = max(map(len, picks))
-    figure = plt.figure(figsize=(max(1.6 * columns + 0.6, 5), 1.75 * len(results) + 0.4))
-    for r, strip, pick in zip(results, np.atleast_1d(figure.subfigures(len(results), 1)), picks):
-        strip.suptitle(r["label"], fontsize=10, fontweight="bold", x=0.01, ha="left")
+    figure = Figure(figsize=(max(1.6 * columns + 0.6, 5), 1.75 * len(subjects) + 0.4))
+    for s, strip, pick in zip(subjects, np.atleast_1d(figure.subfigures(len(subjects), 1)), picks):
+        strip.suptitle(s.label, fontweight="bold", x=0.01, ha="left")
         row = strip.subplots(1, columns, sharey=True, squeeze=False)[0]
+        halves = [S[:len(S) // 2] for S in (s.layers["spectra"][layer] for layer in pick)]
         for axes in row[len(pick):]:
             axes.set_visible(False)
-        for axes, layer in zip(row, pick):
-            S = np.array(r["spectra"][layer])
-            k = np.arange(len(S) // 2)
-            axes.plot(k / len(S), S[:len(k)], color="black", linewidth=0.8)
-            axes.set_title(f"layer {r['numbers'][layer]} of {r['subject'].depth}", fontsize=8)
-            axes.tick_params(labelsize=8)
+        for axes, layer, S in zip(row, pick, halves):
+            axes.plot(np.linspace(0, 0.5, len(S), endpoint=False), S, color="black", linewidth=0.8)
+            axes.set_title(f"layer {s.numbers[layer]} of {s.depth}", fontsize=8)
             axes.set_xticks([0, 0.25, 0.5], ["0", ".25", ".5"])
-        shown = np.concatenate([r["spectra"][layer][:len(r["spectra"][layer]) // 2] for layer in pick])
+            axes.tick_params(labelsize=8)
+        shown = np.concatenate(halves)
         if shown.max() > 30 * np.median(shown):                         # else a line at 0 beside one peak
-            row[0].set_yscale("log")
-            row[0].set_ylim(shown.min() / 1.5, shown.max() * 1.5)
+            row[0].set(yscale="log", ylim=(shown.min() / 1.5, shown.max() * 1.5))
         else:
             row[0].set_ylim(0, 1.05 * shown.max())
         row[0].set_ylabel("S[k]", fontsize=8)
-    figure.supxlabel("k / C, frequency over channels; S[k]: mean magnitude, one scale a model", fontsize=9)
-    finish(plt, figure, path)
+    figure.supxlabel("k / C, frequency over channels; S[k]: mean magnitude, one scale a model")
+    save(figure, path)
 
 
-def draw_ranks(results, path):
+def draw_ranks(subjects, path):
     """EM: histogram over images of the rank at 99 % energy, by SVD of each and in the PCA basis of all."""
-    plt = plotter()
-    figure, panels = plt.subplots(len(results), 1, figsize=(6.4, 1.35 * len(results) + 0.9), squeeze=False,
-                                  sharex=True)
-    widest = max(r["channels"] for r in results)
-    bins = np.arange(0.5, widest + max(1, widest // 48) + 0.5, max(1, widest // 48))
-    for r, axes in zip(results, panels[:, 0]):
-        axes.hist(r["svd"][:, -1], bins, color="black", label="SVD of each image")
-        axes.hist(r["pca"][:, -1], bins, fill=False, edgecolor="#c1440e", hatch="////", label="dataset PCA")
-        axes.axvline(min(r["tokens"], r["channels"]) + 0.5, color="#2a6fbb", linestyle="--",
+    figure = Figure(figsize=(6.4, 1.35 * len(subjects) + 0.9))
+    panels = figure.subplots(len(subjects), 1, squeeze=False, sharex=True)[:, 0]
+    widest = max(s.channels for s in subjects)
+    step = max(1, widest // 48)
+    bins = np.arange(0.5, widest + step + 0.5, step)
+    for s, axes in zip(subjects, panels):
+        axes.hist(s.ranks["svd"][:, -1], bins, color="black", label="SVD of each image")
+        axes.hist(s.ranks["pca"][:, -1], bins, fill=False, edgecolor="#c1440e", hatch="////", label="dataset PCA")
+        axes.axvline(min(s.tokens, s.channels) + 0.5, color="#2a6fbb", linestyle="--",
                      label="min(tokens, channels): the highest SVD rank")
-        axes.axvline(r["channels"] + 0.5, color="gray", linestyle=":", linewidth=2,
+        axes.axvline(s.channels + 0.5, color="gray", linestyle=":", linewidth=2,
                      label="channels: the highest PCA rank")
-        axes.set_title(f"{r['label']}: {r['tokens']} tokens, {r['channels']} channels", fontsize=9)
-        axes.set_ylabel("images")
-    panels[-1, 0].set_xlabel("dimensions that hold 99 % of an image's energy in the last layer")
-    finish(plt, figure, path, legend=panels[0, 0])
+        axes.set(title=f"{s.label}: {s.tokens} tokens, {s.channels} channels", ylabel="images")
+    panels[-1].set_xlabel("dimensions that hold 99 % of an image's energy in the last layer")
+    save(figure, path)
 
 
-def draw_sep(results, path):
+def draw_sep(subjects, path):
     """EM: SEP curves over the share of channels, and what each curve differs by from the diagonal."""
-    plt = plotter()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8 + 0.1 * len(results)))
-    for i, r in enumerate(results):
-        share = np.arange(1, len(r["sep"]) + 1) / len(r["sep"])
-        left.plot(share, r["sep"], label=r["label"], **style(i, markers=False))
-        right.plot(share, np.array(r["sep"]) - 100 * share, **style(i, markers=False))
+    figure = Figure(figsize=(9, 3.8 + 0.1 * len(subjects)))
+    left, right = figure.subplots(1, 2)
+    for i, s in enumerate(subjects):
+        share = np.arange(1, s.channels + 1) / s.channels
+        left.plot(share, s.sep, label=s.label, **{**style(i), "marker": None})
+        right.plot(share, s.sep.numpy() - 100 * share, **{**style(i), "marker": None})
     left.set(xlabel="share of channels, index order", ylabel="cumulative energy (%)", title="SEP")
     right.set(xlabel="share of channels, index order", ylabel="cumulative energy - diagonal (points)",
               title="less the diagonal")
-    finish(plt, figure, path, legend=left, ncols=3)
+    save(figure, path, ncols=3)
 
 
-def draw_all(results, out):
-    for name in results[0]["entropy"]:
-        draw_by_depth(results, lambda r: r["entropy"][name], "entropy (bits)",
-                      f"Entropy by layer (DD Eq. 3-5):\n{RANGES[name].format('model')}", out / named("entropy", name))
-    for key, (_, ylabel, title) in BY_LAYER.items():
-        if None not in results[0][key]:
-            draw_by_depth(results, lambda r: r[key], ylabel, title, out / f"{key}.png")
-    draw_spectra(results, out / "spectra.png")
-    draw_ranks(results, out / "ranks.png")
-    draw_sep(results, out / "sep.png")
+def draw_all(subjects, out):
+    for name in subjects[0].entropy:
+        title = f"Entropy by layer (DD Eq. 3-5):\n{RANGES[name].format('model')}"
+        draw_by_depth([s.entropy[name] for s in subjects], subjects, "entropy (bits)", title,
+                      out / f"{named('entropy', name)}.png")
+    for key in BY_LAYER.keys() & subjects[0].layers.keys():
+        draw_by_depth([s.layers[key] for s in subjects], subjects, *BY_LAYER[key][1:], out / f"{key}.png")
+    draw_spectra(subjects, out / "spectra.png")
+    draw_ranks(subjects, out / "ranks.png")
+    draw_sep(subjects, out / "sep.png")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -665,43 +643,37 @@ def draw_all(results, out):
 
 def evolution(args, device):
     """Entropy by layer at the snapshots of runs: evolution.csv, and a figure a kind of range with a panel a run."""
-    runs = [Path(text) for text in args.evolution]
-    owners, subjects, loads = [], [], []
-    for run, name in zip(runs, endings([run.resolve() for run in runs])):
+    runs = [Path(text).resolve() for text in args.evolution]
+    panels = {}                                                         # {run: [a subject a snapshot]}
+    for run, name in zip(runs, endings(runs)):
         snapshots = sorted(run.glob("epoch_*.pt"))
         if not snapshots:
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
         load = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
-        owners += [(name, int(snapshot.stem.removeprefix("epoch_"))) for snapshot in snapshots]
-        subjects += [open_student(run, args, device, snapshot.name) for snapshot in snapshots]
-        loads += [load] * len(snapshots)
-    results = measure(subjects, loads, args, device)
+        panels[name] = [open_model(str(run), args, device, {}, file=snapshot.name) for snapshot in snapshots]
+        for subject, snapshot in zip(panels[name], snapshots):
+            subject.load, subject.epoch = load, int(snapshot.stem.removeprefix("epoch_"))
+    measure([subject for subjects in panels.values() for subject in subjects], args)
     clear(args.out)
     write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "module", "range", "entropy_bits"),
-              [(*owner, number, module, name, value) for owner, r in zip(owners, results)
-               for name, values in r["entropy"].items()
-               for number, module, value in zip(r["numbers"], r["modules"], values)])
+              [(name, s.epoch, *row) for name, subjects in panels.items() for s in subjects for row in entropy_rows(s)])
     for name in args.entropy_range:
-        draw_evolution(owners, results, name, args.out / named("evolution", name))
+        draw_evolution(panels, name, args.out / f"{named('evolution', name)}.png")
 
 
-def draw_evolution(owners, results, range_name, path):
-    plt = plotter()
-    names = list(dict.fromkeys(name for name, _ in owners))
-    figure, grid = plt.subplots(1, len(names), figsize=(max(2.4 * len(names) + 0.8, 5.5), 3.6),
-                                squeeze=False, sharey=True)
-    for axes, name in zip(grid[0], names):
-        lines = [(epoch, r) for (owner, epoch), r in zip(owners, results) if owner == name]
-        for i, (epoch, r) in enumerate(lines):
-            last = i == len(lines) - 1
-            axes.plot(r["numbers"], r["entropy"][range_name], marker="o" if last else None, markersize=3,
-                      color=str(0.85 * (1 - i / max(1, len(lines) - 1))),                   # light: early, black: last
-                      label=f"epoch {epoch}" if last or i in (0, len(lines) // 2) else None)
-        axes.set_title(name, fontsize=10)
-        axes.set(xlabel="layer", xticks=r["numbers"][::max(1, len(r["numbers"]) // 6)])
-    grid[0, 0].set_ylabel("entropy (bits)")
-    figure.suptitle(f"Entropy by layer in training (DD Fig. 4):\n{RANGES[range_name].format('snapshot')}", fontsize=10)
-    finish(plt, figure, path, legend=grid[0, -1], ncols=3)
+def draw_evolution(panels, range_name, path):
+    figure = Figure(figsize=(max(2.4 * len(panels) + 0.8, 5.5), 3.6))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (run, subjects) in zip(grid, panels.items()):
+        last = len(subjects) - 1
+        for i, s in enumerate(subjects):
+            axes.plot(s.numbers, s.entropy[range_name], marker="o" if i == last else None,
+                      color=str(0.85 * (1 - i / max(1, last))),         # light: early, black: last
+                      label=f"epoch {s.epoch}" if i in (0, (last + 1) // 2, last) else None)
+        axes.set(title=run, xlabel="layer", xticks=s.numbers[::max(1, len(s.numbers) // 6)])
+    grid[0].set_ylabel("entropy (bits)")
+    figure.suptitle(f"Entropy by layer in training (DD Fig. 4):\n{RANGES[range_name].format('snapshot')}")
+    save(figure, path, ncols=3)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -748,8 +720,8 @@ def read_runs(folder):
         runs[name, settings["seed"]] = {
             "name": name, "seed": settings["seed"],
             "settings": {key: value for key, value in settings.items() if key not in ("seed", "out")},
-            "student_parameters": config["parameters"]["student"], "layers": config["layers"],
-            "versions": config["versions"], "commit": config["commit"], "command": config["command"],
+            "student_parameters": config["parameters"]["student"],
+            **{key: config[key] for key in ("layers", "versions", "commit", "command")},
             "seconds": brief(float(np.median([line["seconds"] for line in log]))),      # of an epoch
             "terms": {term: [brief(line["terms"].get(term)) for line in log] for term in log[0]["terms"]},
             **{key: [brief(line.get(key)) for line in log] for key in ("top1", "ema_top1")}}
@@ -758,10 +730,7 @@ def read_runs(folder):
 
 def study(source, out):
     """Gather runs of the folder `source` (or of a study.jsonl) in study.jsonl, print the table, draw the figures."""
-    if source.is_file():
-        found = read_study(source)
-    else:
-        found = {**read_study(source / "study.jsonl"), **read_runs(source)}
+    found = read_study(source) if source.is_file() else {**read_study(source / "study.jsonl"), **read_runs(source)}
     if not found:
         raise ValueError(f"{source} holds neither finished runs, in folders NAME-SEED, nor a study.jsonl")
     runs = [run for _, run in sorted({**read_study(out / "study.jsonl"), **found}.items())]
@@ -770,19 +739,18 @@ def study(source, out):
     top1 = {}
     for run in runs:
         top1.setdefault(run["name"], []).append(run["top1"][-1])
-    top1 = sorted(top1.items(), key=lambda item: np.mean(item[1]))
-    plt = plotter()
-    figure, axes = plt.subplots(figsize=(6.4, 0.3 * len(top1) + 1))
+    top1 = dict(sorted(top1.items(), key=lambda item: np.mean(item[1])))
+    figure = Figure(figsize=(6.4, 0.3 * len(top1) + 1))
+    axes = figure.subplots()
     print("| run | n | top-1 of each seed | mean +- standard deviation |\n|---|---|---|---|")
-    for y, (name, values) in enumerate(top1):
+    for y, (name, values) in enumerate(top1.items()):
         mean, spread = moments(values)
-        each = " ".join(f"{value:.2f}" for value in values)
-        print(f"| {name} | {len(values)} | {each} | {mean:.2f} +- {spread:.2f} |")
-        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5, capsize=4)
-        axes.plot(values, [y] * len(values), "o", color="#c1440e", markersize=3.5, alpha=0.8)
+        print(f"| {name} | {len(values)} | {' '.join(f'{v:.2f}' for v in values)} | {mean:.2f} +- {spread:.2f} |")
+        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5)
+        axes.plot(values, [y] * len(values), "o", color="#c1440e", alpha=0.8)
     axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
-             yticklabels=[name for name, _ in top1])
-    finish(plt, figure, out / "study.png")
+             yticklabels=top1)
+    save(figure, out / "study.png")
     draw_dose(runs, out / "dose.png")
 
 
@@ -791,74 +759,58 @@ def moments(values):
 
 
 def dose_line(run):
-    """What a feature run compares, and in which layers: "mse, layer 12", "lift (mse), layer 12"."""
+    """What a run of beta > 0 compares, and in which layers: "mse, layer 12"; "soft, beta 0, lifted" is its control."""
     settings, layers = run["settings"], [str(layer + 1) for layer in run["layers"]["student"]]
+    if not layers:
+        return f"soft, beta 0, {settings['variant']}".removesuffix(", plain") if settings["method"] == "soft" else None
     what, = {*run["terms"]} - {"ce", "kd"}
-    if settings["method"] not in ("spectral", what):
-        what = f"{settings['method']} ({what})"
-    if settings.get("norm") == "none":
-        what += ", norm none"
-    return f"{what}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+    name = what if settings["method"] in ("spectral", what) else f"{settings['method']} ({what})"
+    norm = ", norm none" if settings.get("norm") == "none" else ""
+    return f"{name}{norm}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
 
 def draw_dose(runs, path):
     """Top-1 against beta, a line a method and place that has several; `soft` is beta 0; a panel a setup (HELD)."""
-    panels, soft = {}, {}
+    panels = {}                                                         # {setup: {line: {beta: [top-1 of a seed]}}}
     for run in runs:
-        held = tuple((key, json.dumps(run["settings"].get(key))) for key in HELD)
-        if run["layers"]["student"]:
-            doses = panels.setdefault(held, {}).setdefault(dose_line(run), {})
-            doses.setdefault(run["settings"]["beta"], []).append(run["top1"][-1])
-        elif run["settings"]["method"] == "soft":
-            soft.setdefault(held, {}).setdefault(run["settings"]["variant"], []).append(run["top1"][-1])
-    panels = {held: {name: doses for name, doses in lines.items() if len(doses) > 1} for held, lines in panels.items()}
-    panels = {held: lines for held, lines in panels.items() if lines}
+        setup = tuple(json.dumps(run["settings"].get(key)) for key in HELD)
+        beta = run["settings"]["beta"] if run["layers"]["student"] else 0
+        if dose_line(run):
+            panels.setdefault(setup, {}).setdefault(dose_line(run), {}).setdefault(beta, []).append(run["top1"][-1])
+    panels = {setup: {name: doses for name, doses in sorted(lines.items()) if len(doses) > 1 or 0 in doses}
+              for setup, lines in panels.items()}
+    panels = {setup: lines for setup, lines in panels.items() if any(0 not in doses for doses in lines.values())}
     if not panels:
         return
-    plt = plotter()
-    figure, grid = plt.subplots(1, len(panels), figsize=(max(3.6 * len(panels), 7), 5.4), squeeze=False)
-    names = sorted({name for lines in panels.values() for name in lines})
-    betas = sorted({beta for lines in panels.values() for doses in lines.values() for beta in doses})
-    handles = {}
-    for axes, (held, lines) in zip(grid[0], panels.items()):
-        axes.set_xscale("log")
-        for variant, values in soft.get(held, {}).items():
-            mean, spread = moments(values)
-            label = "soft, beta 0" if variant == "plain" else f"soft, beta 0, {variant}"
-            handles[label] = axes.axhspan(mean - np.nan_to_num(spread), mean + np.nan_to_num(spread), alpha=0.3,
-                                          facecolor="gray", edgecolor="black", linewidth=0.8,
-                                          hatch={"plain": "", "lifted": "///"}.get(variant, "..."))
-            axes.errorbar(betas[0] / 4, mean, yerr=spread, fmt="s", color="black", capsize=3)
-        for name, doses in sorted(lines.items()):
-            i = names.index(name)
+    figure = Figure(figsize=(max(3.6 * len(panels), 7), 5.4))
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    every = [(name, doses) for lines in panels.values() for name, doses in lines.items()]
+    names = sorted({name for name, doses in every if 0 not in doses})
+    betas = sorted({beta for _, doses in every for beta in doses} - {0})
+    for axes, (setup, lines) in zip(grid, panels.items()):
+        for name, doses in lines.items():
             beta, values = zip(*sorted(doses.items()))
-            x = np.array(beta) * 1.3 ** ((i + 0.5) / len(names) - 0.5)  # side by side
-            handles[name] = axes.errorbar(x, *zip(*map(moments, values)), capsize=3, **style(i))
+            mean, spread = zip(*map(moments, values))
+            if name in names:
+                i = names.index(name)
+                x = np.array(beta) * 1.3 ** ((i + 0.5) / len(names) - 0.5)                  # side by side
+                axes.errorbar(x, mean, spread, label=name, **style(i))
+            else:
+                low, high = mean[0] - np.nan_to_num(spread[0]), mean[0] + np.nan_to_num(spread[0])
+                axes.axhspan(low, high, alpha=0.3, facecolor="gray", edgecolor="black", linewidth=0.8, label=name,
+                             hatch="///" if "lifted" in name else "..." if "widened" in name else "")
+                axes.errorbar(betas[0] / 4, mean, spread, fmt="s", color="black")
+        axes.set(xscale="log", xlabel="beta, the weight of the feature loss", title="\n".join(
+            f"{key} {value}".replace("null", "default") for key, value, *all_values in zip(HELD, setup, *panels)
+            if len({*all_values}) > 1))
         axes.set_xticks([betas[0] / 4, *betas], ["0", *(f"{beta:g}" for beta in betas)], fontsize=8)
         axes.xaxis.minorticks_off()
-        differs = [key for key, _ in held if len({dict(other)[key] for other in panels}) > 1]
-        axes.set_title("\n".join(f"{key} {dict(held)[key]}".replace("null", "default") for key in differs), fontsize=9)
-        axes.set_xlabel("beta, the weight of the feature loss")
-    grid[0, 0].set_ylabel("validation top-1 (%), mean +- std of seeds")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
-    finish(plt, figure, path)
+    grid[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
+    save(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------
 # The program
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
-class Kwargs(ParseKwargs):
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if "=" not in value:
-                raise argparse.ArgumentError(self, f"{value!r} is not KEY=VALUE")
-        super().__call__(parser, namespace, values, option_string)
 
 
 def fail(message):
@@ -872,7 +824,14 @@ def parse_args(argv=None):
             raise argparse.ArgumentTypeError(f"{text} is not at least 1")
         return int(text)
 
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def pair(text):
+        if "=" not in text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        return text
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or a run's folder")
     parser.add_argument("--evolution", nargs="+", metavar="RUN", help="folders of runs with snapshots")
     parser.add_argument("--study", type=Path, metavar="DIR",
@@ -891,7 +850,8 @@ def parse_args(argv=None):
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                         help="beside the models: the first one untrained, white noise, a rank-1 pattern")
     parser.add_argument("--img-size", type=count, help="for models that can be built for another size")
-    parser.add_argument("--model-kwargs", nargs="+", action=Kwargs, metavar="KEY=VALUE", help="arguments for timm")
+    parser.add_argument("--model-kwargs", nargs="+", type=pair, action=ParseKwargs, default={}, metavar="KEY=VALUE",
+                        help="arguments for timm")
     parser.add_argument("--batch-size", type=count, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
@@ -917,13 +877,15 @@ def analyse(args, device):
     args.data = args.data or (read_config(run)["settings"]["data"] if run else "shapes")
     load = open_images(args.data, args.images, args.seed)
     subjects = open_subjects(args, device, run)
+    for subject in subjects:
+        subject.load = load
     if run:
         print(f"analysing {run} on {args.data}: {', '.join(subject.label for subject in subjects)}")
-    results = measure(subjects, [load] * len(subjects), args, device)
+    measure(subjects, args)
     clear(args.out)
-    write_tables(results, args.out)
-    write_summary(results, args, args.out)
-    draw_all(results, args.out)
+    write_tables(subjects, args.out)
+    write_summary(subjects, args)
+    draw_all(subjects, args.out)
 
 
 def main(argv=None):

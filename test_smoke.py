@@ -615,11 +615,12 @@ def test_metrics_of_degenerate_input():
 
 def test_analysis_streams(tmp_path, monkeypatch):
     """What main writes does not depend on the batches, and equals the metrics of all images at once."""
-    monkeypatch.setattr(data, "VAL_SIZE", 40)
-    flags = ["--models", "deit_toy_patch8_32=random", "--images", "7", "--model-kwargs", "depth=3", "--entropy-range", "global",
-             "layer", "percentile"]
+    monkeypatch.setattr(data, "VAL_SIZE", 20)
+    flags = ["--models", "deit_toy_patch8_32=random", "--images", "7", "--model-kwargs", "depth=2", "embed_dim=24",
+             "--no-controls", "--entropy-range", "global", "layer", "percentile"]
     for size in (2, 7):
         analyze.main([*flags, "--batch-size", str(size), "--out", str(tmp_path / str(size))])
+        monkeypatch.setattr(analyze, "draw_all", lambda *args: None)    # once is enough
     names = {path.name for path in (tmp_path / "2").iterdir()}
     assert {f"{stem}.{end}" for stem in ("entropy", "magnitude", "intensity", "spectra", "svd_layers", "ranks", "sep")
             for end in ("png", "csv")} | {"summary.md"} <= names
@@ -627,7 +628,7 @@ def test_analysis_streams(tmp_path, monkeypatch):
         tables = [[line.split(",") for line in (tmp_path / size / f"{name}.csv").read_text().splitlines()[1:]
                    if line.startswith("untrained deit_toy,")] for size in ("2", "7")]
         assert [float(row[-1]) for row in tables[0]] == pytest.approx([float(row[-1]) for row in tables[1]], rel=1e-4)
-    args = analyze.parse_args([*flags, "--no-controls"])
+    args = analyze.parse_args(flags)
     subject, load = analyze.open_subjects(args, torch.device("cpu"))[0], analyze.open_images("shapes", 7, 0)
     with torch.no_grad():
         maps = subject.maps(0, torch.stack([subject.transform(get()) for get in load]))
@@ -822,11 +823,16 @@ def test_an_image_too_large(tmp_path, capsys):
 def test_analysis_in_an_ascii_locale(tmp_path):
     """Where text is ASCII by default: files are UTF-8, and what is printed is ASCII."""
     make_run(tmp_path / "runs" / "soft-0", log=epochs(1))
-    environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-X", "utf8=0", str(HERE / "analyze.py"), "--images", "2", "--no-controls"]
-    for more in ([], ["--study", "runs"], ["--help"]):
-        done = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
-        assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+    environment = {**os.environ, "LC_ALL": "C", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    code = """import analyze, data
+data.VAL_SIZE = 20
+analyze.main(["--images", "2", "--layers", "0", "--no-controls"])
+analyze.main(["--study", "runs"])
+analyze.main(["--help"])"""
+    command = [sys.executable, "-X", "utf8=0", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+    assert done.stdout.count(b"done: ") == 2 and b"--entropy-range" in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------

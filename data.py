@@ -131,7 +131,7 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0, only_val=Fals
         return train, val, _count_classes(train)
     if only_val and Path(name).is_dir():
         folder = Path(name) / "val" if (Path(name) / "val").is_dir() else Path(name)
-        val = ImageFolder(folder, allow_empty=True)
+        val = _open_folder(folder)
         if not len(val):
             raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
         return val, val, len(val.classes)
@@ -140,14 +140,23 @@ def open_data(name, root="data", train_size=4000, label_noise=0.0, only_val=Fals
             raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
                              f"train/ and val/ with a folder of images for each class")
     # A class without images is no mistake: it may keep its place among the 1000 of a teacher.
-    train, val = (ImageFolder(Path(name) / split, allow_empty=True) for split in ("train", "val"))
+    train, val = (_open_folder(Path(name) / split) for split in ("train", "val"))
     for split, dataset in (("train", train), ("val", val)):
         if not len(dataset):
             raise ValueError(f"{name}/{split} holds no images: it wants a folder of .jpg, .png, ... for each class")
     if train.classes != val.classes:
         raise ValueError(f"train/ and val/ of {name} differ in classes: "
                          f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
+    if len(train.classes) < 2:
+        raise ValueError(f"{name} has one class: there is nothing to tell apart")
     return train, val, len(train.classes)
+
+
+def _open_folder(folder):
+    try:
+        return ImageFolder(folder, allow_empty=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no class folders: it wants one of .jpg, .png, ... for each class") from error
 
 
 def class_names(dataset):
@@ -218,6 +227,8 @@ class Loader:
 class TensorLoader(Loader):
     """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
 
+    evaluates = 250                                                     # images a batch in evaluation
+
     def __init__(self, dataset, *, img_size, repeats, skip_bad, **common):
         super().__init__(**common)
         self.images, self.labels = (x.to(self.device) for x in _as_tensors(dataset, img_size, skip_bad))
@@ -271,6 +282,8 @@ for _name in ("Posterize", "PosterizeIncreasing"):                      # no lam
 
 class StreamLoader(Loader):
     """One half, train or val, of a `Pool` of workers that decode and augment large images."""
+
+    evaluates = 64                                                      # 10 MB at 224 px, for a container's /dev/shm
 
     def __init__(self, pool, split, erasing=None, **common):
         super().__init__(**common)

@@ -26,7 +26,6 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +99,8 @@ def train(run, loaders, sizes, state):
         run.ema.module.load_state_dict(state["ema"])
         step, log, names, rows = state["step"], state["log"], state["terms"], state["rows"].to(run.device)
     run.stop = Stop(run.world)
+    if steps < 5 and run.rank == 0:
+        warn(f"an epoch has only {steps} updates: lower --batch-size")
     if run.teacher:
         (taught, top5, _), = evaluate(run, [run.teacher], val_loader, val_size, run.teacher_autocast, step)
         if run.rank == 0:
@@ -138,6 +139,7 @@ def train(run, loaders, sizes, state):
         if run.rank == 0:
             report(log, settings.epochs)
             write_epoch(run, log)
+        save(run, step, log, names, rows)
     if run.rank == 0:
         finish(run, log)
         if run.teacher and taught < log[-1]["top1"]:
@@ -150,8 +152,8 @@ def evaluate(run, models, loader, size, autocast, step=0):
     """[(top-1 %, top-5 %, cross-entropy)] of each model: one pass over all processes, each of `size` images once."""
     exact = torch.float32 if run.device.type == "mps" else torch.float64
     sums = torch.zeros(len(models), 3, dtype=exact, device=run.device)
-    rounds = len(data.evaluation_batches(size, 250, rank=0, world=run.world))           # the first has the most
-    stream = loader.load(data.evaluation_batches(size, 250, rank=run.rank, world=run.world))
+    rounds = len(data.evaluation_batches(size, loader.evaluates, world=run.world))      # the first process has the most
+    stream = loader.load(data.evaluation_batches(size, loader.evaluates, rank=run.rank, world=run.world))
     for model in models:
         model.eval()
     for _ in range(rounds):
@@ -510,7 +512,7 @@ def report_bench(run, ms, loop, train_size, decode):
     for part, value in ms.items():
         print(f"{part:10s}{value:10.2f}{value / ms['step']:10.1%}")
     print(f"step / floor {result['step_to_floor']}; images/s: {result['images_per_s_in_memory']} in memory, "
-          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb']} GB")
+          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb'] or '?'} GB")
     if decode:
         print(f"the loader makes {decode:.0f} images/s a core: the step wants {result['cores_for_the_step']} cores")
     print(f"{settings.epochs} epochs of {train_size:,} images: {minutes:.1f} minutes = {minutes / 1440:.2f} days here, "
@@ -600,8 +602,8 @@ SETTINGS = {
         Setting("epochs", COUNT, RECIPE, "whole", free=True),
         Setting("batch_size", COUNT, RECIPE, "global; the default shrinks for 20 updates an epoch of a small set"),
         Setting("accum", COUNT, 1, "gradient accumulation steps"),
-        Setting("lr", POSITIVE, RECIPE, "peak; the default scales linearly with the batch; from --student-weights it is "
-                "1e-4 at a batch of 64 and scales with its square root"),
+        Setting("lr", POSITIVE, RECIPE, "peak; the default scales linearly with the batch; from --student-weights it "
+                "is 1e-4 at a batch of 64 and scales with its square root"),
         Setting("min_lr", WEIGHT, 1e-5, "at the end of the cosine"),
         Setting("warmup_lr", WEIGHT, 1e-6, "at the start"),
         Setting("warmup_epochs", WEIGHT, RECIPE, "of linear warm-up"),
@@ -635,7 +637,7 @@ class Parser(argparse.ArgumentParser):
 def fail(message, status=2):
     """End the program as every bad input does: one line on stderr, once for all processes, and exit status 2."""
     if int(os.environ.get("RANK", 0)) > 0:                              # all see the same mistake: let the first
-        time.sleep(5)                                                   # speak, whose end makes torchrun stop all
+        time.sleep(10)                                                  # speak, whose end makes torchrun stop all
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -755,15 +757,18 @@ def count_images(train, val, classes):
 
 def open_data(asked):
     """data.open_data, whose downloads the first process of each node does while the others wait."""
-    waits = dist.is_initialized() and asked["data"].startswith(("torch/", "hfds/"))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if waits and local > 0:
-        dist.barrier()
+    look = partial(data.open_data, *(asked[key] for key in ("data", "data_root", "train_size", "label_noise", "eval")))
+    if not (dist.is_initialized() and asked["data"].startswith(("torch/", "hfds/"))):
+        return look()
+    opened, mistakes = None, [None] * dist.get_world_size()
     try:
-        return data.open_data(*(asked[key] for key in ("data", "data_root", "train_size", "label_noise", "eval")))
-    finally:
-        if waits and local == 0:
-            dist.barrier()
+        opened = look() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+        dist.all_gather_object(mistakes, None)
+    except ValueError as error:
+        dist.all_gather_object(mistakes, str(error))
+    if any(mistakes):
+        raise ValueError(next(filter(None, mistakes)))
+    return opened or look()
 
 
 def from_first(look):
@@ -849,7 +854,7 @@ def main(argv=None):
         device = choose_device(args.device, local)
         if "RANK" in os.environ and not dist.is_initialized():          # started by torchrun
             nccl = device.type == "cuda" and dist.is_nccl_available()   # Windows has none
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(hours=1))
+            connect("cpu:gloo,cuda:nccl" if nccl else "gloo")
         settings, (train_set, val_set, classes) = resolve(args)
         settings.amp = settings.amp or default_amp(device, settings.img_size)
         if settings.amp != "off" and device.type == "mps":
@@ -867,6 +872,8 @@ def main(argv=None):
             return
         last = Path(settings.out) / "last.pt"
         state = from_first(partial(load_state, last, distiller)) if settings.resume else None       # DDP shares weights
+        if state and state["step"] > settings.epochs * (len(train_set) // settings.batch_size):
+            raise ValueError(f"the run in {settings.out} is beyond --epochs {settings.epochs} already")
         pipeline = {key: getattr(settings, key) for key in LARGE if settings.img_size >= 64}
         sizes = len(train_set), len(val_set)
         loaders = data.build_loaders(train_set, val_set, img_size=settings.img_size, **statistics, **pipeline,
@@ -889,7 +896,7 @@ def main(argv=None):
         if not any(words in str(error) for words in ("shared memory", "Bus error", "No space left on device")):
             raise
         fail("the data workers ran out of shared memory (/dev/shm): start the container with --ipc=host or a larger "
-             "--shm-size, or lower --batch-size or --workers", status=1)
+             "--shm-size, or lower --batch-size or --workers (0 needs none)", status=1)
 
 
 def show_accuracy(settings, args, val_set, classes, device, rank, world):
@@ -925,12 +932,20 @@ def warn_of_teacher(settings, top1, chance):
              f"from --student-weights pretrained, or choose another")
 
 
+def connect(backend):
+    """Join the processes that torchrun started."""
+    try:
+        dist.init_process_group(backend)
+    except RuntimeError as error:
+        raise ValueError(f"the processes cannot reach each other ({str(error)[:120]}): where host names resolve to the "
+                         f"loopback address, set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the card that the "
+                         f"nodes share") from error
+
+
 def check_batch(settings, train_size, world):
     if train_size < settings.batch_size and not settings.dry_run:
         raise ValueError(f"{train_size} training images do not fill a batch of {settings.batch_size}: lower "
                          f"--batch-size")
-    if train_size // settings.batch_size < 5 and not settings.dry_run and int(os.environ.get("RANK", 0)) == 0:
-        warn(f"an epoch has {train_size // settings.batch_size} updates: lower --batch-size")
     if settings.batch_size % (world * settings.accum):
         raise ValueError(f"a global batch of {settings.batch_size} does not divide by {world} processes x "
                          f"{settings.accum} accumulation steps: change --batch-size or --accum")
@@ -943,6 +958,8 @@ def open_folder(settings, description):
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ValueError(f"{out} is a file, not a folder: choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {out} ({error}): choose another --out") from None
     if not os.access(out, os.W_OK):
         raise ValueError(f"{out} is not writable: choose another --out")
     for old in [] if settings.resume else out.glob("*.*"):

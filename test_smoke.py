@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -331,10 +330,13 @@ def test_load_student(variant, tmp_path, monkeypatch):
 def fake_cuda(monkeypatch):
     """CUDA tensors without a card: they know shape, dtype and device, refuse to mix devices, and have no values, so
     that nothing can wait for one. Autograd's engine wants a driver: gradients are put in place of its backward pass."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15):
+        pytest.skip("tried with PyTorch 2.15; 2.6 crashes on fake CUDA tensors where there is no driver")
     generator = torch.Generator
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(data, "VAL_SIZE", 20)
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
-    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)     # of the EMA's copy
 
     def on_cuda(tensor):
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
@@ -343,10 +345,12 @@ def fake_cuda(monkeypatch):
     def update(*flags, plant=None):
         settings, (_, _, classes) = train_kd.resolve(train_kd.parse_args([*TINY, "--dry-run", *flags]))
         teacher, distiller, _ = train_kd.build(settings, classes)
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                             # of data pointers, on a fake's deep copy
-            for model in filter(None, (teacher, distiller)):
-                model._apply(on_cuda)
+        twin = copy.deepcopy(distiller.student)                         # the EMA's: fake tensors cannot be copied deep
+        monkeypatch.setattr("timm.utils.model_ema.deepcopy", lambda model: twin)
+        with FakeTensorMode():
+            for module in (module for model in (teacher, distiller, twin) if model for module in model.modules()):
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({name: on_cuda(tensor) for name, tensor in tensors.items() if tensor is not None})
             run = train_kd.prepare(settings, teacher, distiller)
             if plant:
                 plant(run)
@@ -367,7 +371,12 @@ def fake_cuda(monkeypatch):
 @pytest.mark.parametrize("method", losses.METHODS)
 def test_an_update_stays_on_the_device(method, amp, fake_cuda):
     """Forward passes, losses, fused AdamW and EMA mix no devices and never wait for one, in every --amp mode."""
-    names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2")
+    dtypes = set()
+    names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2", plant=lambda run: [
+        getattr(run, who).register_forward_hook(lambda module, args, output, who=who: dtypes.add((who, output[0].dtype)))
+        for who in ("teacher", "student") if getattr(run, who)])
+    half = {who for who, dtype in dtypes if dtype == torch.bfloat16}
+    assert half == {who for who, _ in dtypes if amp in (who, "both")}
     assert means.device.type == "cuda" and means.shape == (len(names),)
 
 

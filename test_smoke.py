@@ -278,7 +278,7 @@ def test_a_new_method_brings_its_flags(tmp_path, monkeypatch, capsys):
         """
         name, term = "powered", "powered"
 
-        def __init__(self, power=2, **feature):
+        def __init__(self, power=2, signed=True, **feature):
             super().__init__(**feature)
             self.power = power
 
@@ -293,8 +293,9 @@ def test_a_new_method_brings_its_flags(tmp_path, monkeypatch, capsys):
     assert "--power" in shown and "the exponent of the difference (powered 2)" in shown
     run = [*TINY, "--epochs", "1", "--device", "cpu", "--out"]
     train_kd.main([*run, str(tmp_path / "default"), "--method", "powered"])
-    train_kd.main([*run, str(tmp_path / "given"), "--method", "powered", "--power", "3"])
-    assert [models.read_config(tmp_path / name)["settings"]["power"] for name in ("default", "given")] == [2, 3]
+    train_kd.main([*run, str(tmp_path / "given"), "--method", "powered", "--power", "3", "--no-signed"])
+    settings = [models.read_config(tmp_path / name)["settings"] for name in ("default", "given")]
+    assert [(each["power"], each["signed"]) for each in settings] == [(2, True), (3, False)]
     logs = [log_of(tmp_path / name) for name in ("default", "given")]
     assert "powered" in logs[0][0]["terms"] and logs[0] != logs[1]
     for words in (["--method", "powered", "--power", "2.5"], ["--method", "soft", "--power", "3"]):

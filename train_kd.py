@@ -626,6 +626,7 @@ SETTINGS = {
 ROWS = {row.name: row for rows in SETTINGS.values() for row in rows}
 LARGE = {name for name, row in ROWS.items() if row.when == "from 64 px"}
 FREE = {name for name, row in ROWS.items() if row.free}
+SWITCHES = {name for name, row in ROWS.items() if row.kind is bool}
 ACTIONS = {"resume", "overwrite", "dry_run", "eval", "bench"}                   # of this call, not of the run
 
 
@@ -690,7 +691,7 @@ def resolve(args):
     Also opens the data: returns settings (a Namespace) and (train, val, number of classes). Raises ValueError for
     flags that contradict each other or the run to resume, or that would have no effect.
     """
-    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    given = {key: value for key, value in vars(args).items() if value is not None and (value or key not in SWITCHES)}
     of_run = args.resume or args.eval and "student" not in given
     former = from_first(partial(read_run, given)) if of_run else None
     saved = former["settings"] if former else {}
@@ -727,9 +728,11 @@ def resolve(args):
     if args.resume and former["images"] != count_images(train, val, classes):
         raise ValueError(f"{settings.data} is not the data of the run in {settings.out}: it has "
                          f"{count_images(train, val, classes)}, the run had {former['images']}")
-    if taught and (teacher := read_config(settings.teacher_weights))["images"]["classes"] != classes:
-        raise ValueError(f"the teacher in {settings.teacher_weights} knows {teacher['images']['classes']} classes and "
-                         f"the data has {classes}: train one on this data")
+    if taught:
+        teacher, names = read_config(settings.teacher_weights), data.class_names(val)
+        if teacher["images"]["classes"] != classes or (teacher.get("class_names") or names) != names:
+            raise ValueError(f"the teacher in {settings.teacher_weights} knows {teacher['images']['classes']} classes "
+                             f"and {settings.data} has {classes}, or others: train one on this data")
     return with_options(settings), (train, val, classes)
 
 
@@ -837,7 +840,8 @@ def flags(names):
 def read_run(given):
     out = Path(given.get("out") or f"runs/{given.get('method', ROWS['method'].default)}")
     # Without a log the run ended before its first checkpoint, and goes on from the start.
-    if not (out / "config.json").exists() or (out / "log.jsonl").exists() and not (out / "last.pt").exists():
+    lost = "resume" in given and (out / "log.jsonl").exists() and not (out / "last.pt").exists()
+    if not (out / "config.json").exists() or lost:
         raise ValueError(f"{out} holds no run to resume (config.json and last.pt): give its folder with --out")
     return read_config(out)
 

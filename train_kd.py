@@ -495,28 +495,23 @@ def bench(run, loaders, sizes, classes):
 
 
 def report_bench(run, ms, loop, train_size, decode):
-    """A table for people and a line of JSON for results/speed.jsonl. `loop`: ms of an update with the real loader;
+    """Three lines for people, one of JSON for results/speed.jsonl. `loop`: ms of an update with the real loader;
     `decode`: images/s of the loader on one core, or None where the images are in memory."""
-    settings = run.settings
-    minutes = loop / 6e4 * (train_size // settings.batch_size) * settings.epochs
+    settings, in_memory = run.settings, 1000 * run.settings.batch_size / ms["step"]
+    hours = loop / 3.6e6 * (train_size // settings.batch_size) * settings.epochs
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
-              "step_to_floor": round(ms["step"] / ms["floor"], 3),
-              "images_per_s_in_memory": round(1000 * settings.batch_size / ms["step"], 1),
+              "step_to_floor": round(ms["step"] / ms["floor"], 3), "images_per_s_in_memory": round(in_memory, 1),
               "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": peak_memory(run.device),
-              "training_hours": round(minutes / 60, 5), "loader_images_per_s_a_core": decode and round(decode, 1),
-              "cores_for_the_step": decode and round(1000 * settings.batch_size / ms["step"] / decode, 2),
+              "training_hours": round(hours, 5), "loader_images_per_s_a_core": decode and round(decode, 1),
+              "cores_for_the_step": decode and round(in_memory / decode, 2),
               **{key: getattr(settings, key) for key in ("bench", "batch_size", "img_size", "amp", "compile")},
               "processes": run.world, "threads": torch.get_num_threads(), "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if run.device.type == "cuda" else cpu("model name")}
-    print(f"{'':10s}{'ms':>10s}   of the step")
-    for part, value in ms.items():
-        print(f"{part:10s}{value:10.2f}{value / ms['step']:10.1%}")
-    print(f"step / floor {result['step_to_floor']}; images/s: {result['images_per_s_in_memory']} in memory, "
-          f"{result['images_per_s']} with the loader; peak memory {result['peak_memory_gb'] or '?'} GB")
-    if decode:
-        print(f"the loader makes {decode:.0f} images/s a core: the step wants {result['cores_for_the_step']} cores")
-    print(f"{settings.epochs} epochs of {train_size:,} images: {minutes:.1f} minutes = {minutes / 1440:.2f} days here, "
-          f"without validation\n{json.dumps(result)}", flush=True)
+    print(", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items()))
+    print(", ".join(f"{key} {result[key]}" for key in ("step_to_floor", "images_per_s", "loader_images_per_s_a_core",
+                                                       "cores_for_the_step", "peak_memory_gb")))
+    print(f"{settings.epochs} epochs of {train_size:,} images: {hours:.2f} hours here, without validation")
+    print(json.dumps(result), flush=True)
 
 
 def peak_memory(device):

@@ -511,10 +511,10 @@ def test_warnings(photos, tmp_path, capsys, monkeypatch):
     flags = ["--data", str(photos), "--method", "soft", "--alpha", "0.1", "--teacher", "deit_toy_patch8_32", "--device",
              "cpu", "--epochs", "3", "--student-kwargs", "depth=3"]
     train_kd.main([*flags, "--teacher-weights", str(tmp_path / "dull.pth"), "--out", str(tmp_path / "a")])
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "50.00 % is near chance" in said and "ends above its teacher (50.00 %)" in said
     train_kd.main([*flags, "--teacher-weights", "random", "--batch-size", "40", "--out", str(tmp_path / "b")])
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "near chance" not in said and "an epoch has only 2 updates: lower --batch-size" in said
 
 

@@ -639,7 +639,7 @@ def fail(message, status=2):
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {message}", flush=True)                            # stderr is for what ends a run
 
 
 def parse_args(argv=None):

@@ -253,22 +253,23 @@ def start_from(model, name, source, img_size, variant="plain"):
         file = Path(source) / "student.safetensors" if Path(source).is_dir() else Path(source)
         state = read_weights(file)
         classes = [len(state[f"{c}weight"]) for c in _classifiers(name) if f"{c}weight" in state]
-        with contextlib.suppress(ValueError):                           # else as it is, for a model cut or grown
-            state = build_model(name, num_classes=classes[0], img_size=img_size, weights=file).state_dict()
-    own, taken = model.state_dict(), set()
+        with contextlib.suppress(ValueError):                           # else as it is: cut, grown, or without a head
+            state = build_model(name, num_classes=(classes or [0])[0], img_size=img_size, weights=file).state_dict()
+    own, taken = model.state_dict(), {}
     last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
     for key, value in own.items():
         # A lifted student's last block is the first part of a sequence.
         origin = key.replace(f"{last}0.", last) if variant == "lifted" and key not in state else key
         if origin in state and state[origin].shape == value.shape and state[origin].isfinite().all():
             value.copy_(state[origin])
-            taken.add((key, origin))
-    new = [key for key in own if key not in {key for key, _ in taken}]
+            taken[key] = origin
+    new = [key for key in own if key not in taken]
     count = lambda keys: sum(own[key].numel() for key in keys)
     possible = min(count(own), sum(value.numel() for value in state.values()))
     if count(own) - count(new) < possible / 2:
         raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state, name)}")
-    left = [key for key in state if key not in {origin for _, origin in taken}]
+    placed = {*taken.values()}
+    left = [key for key in state if key not in placed]
     head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
     return (f"{name} starts from {source}: {count(own) - count(new):,} of {count(own):,} values; new{head}: "
             f"{_names(new)}; without a place: {_names(left)}")

@@ -374,7 +374,7 @@ def test_an_update_stays_on_the_device(method, amp, fake_cuda):
     """Forward passes, losses, fused AdamW and EMA mix no devices and never wait for one, in every --amp mode."""
     dtypes = set()
     names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2", plant=lambda run: [
-        getattr(run, who).register_forward_hook(lambda module, args, output, who=who: dtypes.add((who, output[0].dtype)))
+        getattr(run, who).register_forward_hook(lambda model, args, said, who=who: dtypes.add((who, said[0].dtype)))
         for who in ("teacher", "student") if getattr(run, who)])
     half = {who for who, dtype in dtypes if dtype == torch.bfloat16}
     assert half == {who for who, _ in dtypes if amp in (who, "both")}
@@ -454,6 +454,9 @@ def test_start_from_weights(variant, classes, new, tmp_path):
     if variant == "lifted":
         assert torch.equal(ours["blocks.2.0.attn.qkv.weight"], theirs["blocks.2.attn.qkv.weight"])
     assert torch.equal(ours["head.weight"], theirs["head.weight"]) == (variant == "plain" and classes == 20)
+    torch.save({key: value for key, value in theirs.items() if "head" not in key}, tmp_path / "headless.pth")
+    said = models.start_from(student, "deit_toy_patch8_32", str(tmp_path / "headless.pth"), 32, variant)
+    assert "classifier drawn afresh" in said
     shallow = models.build_model("deit_toy_patch8_32", **{**kwargs, "depth": 2})
     said = models.start_from(shallow, "deit_toy_patch8_32", str(tmp_path / "weights.pth"), 32)
     assert "without a place: blocks.2" in said and ("nothing" in said) == (classes == 20)
@@ -567,9 +570,11 @@ def test_metrics_golden():
     A = wave(3, 2, 16, 3, 3)
     lo, hi = A.min().item(), A.max().item()
     near = dict(abs=1e-8)
-    assert analyze.channel_spectrum(A[0])[:4].tolist() == pytest.approx([0.65610145, 0.14649592, 0.17439990, 0.17355775], **near)
-    assert [analyze.entropy_map(layer, lo, hi).mean().item() for layer in A] == pytest.approx([3.76296992, 3.76296992, 3.78812656], **near)
-    assert [analyze.magnitude(layer).item() for layer in A] == pytest.approx([0.84923804, 0.85538544, 0.85123833], **near)
+    spectrum, entropies = analyze.channel_spectrum(A[0]), [analyze.entropy_map(layer, lo, hi).mean() for layer in A]
+    magnitudes = [analyze.magnitude(layer).item() for layer in A]
+    assert spectrum[:4].tolist() == pytest.approx([0.65610145, 0.14649592, 0.17439990, 0.17355775], **near)
+    assert [float(each) for each in entropies] == pytest.approx([3.76296992, 3.76296992, 3.78812656], **near)
+    assert magnitudes == pytest.approx([0.84923804, 0.85538544, 0.85123833], **near)
     X = wave(5, 20, 12)
     assert analyze.energy_ranks(X)[0].tolist() == [4, 6, 8, 10]
     assert analyze.pca_ranks(X, analyze.second_moment(X))[:2].tolist() == [[6, 8, 10, 11], [6, 8, 10, 12]]
@@ -585,7 +590,8 @@ def test_metrics_equal_numpy(C, h, w, dtype):
     X, tolerance = A.flatten(2).mT, dict(rel=1e-5 if dtype is torch.float32 else 1e-12)
     tokens = X.numpy().astype(np.float64)
     assert analyze.channel_spectrum(A).dtype == dtype
-    assert analyze.channel_spectrum(A).numpy() == pytest.approx(np.abs(np.fft.fft(tokens) / C).mean((0, 1)), **tolerance)
+    spectrum = np.abs(np.fft.fft(tokens) / C).mean((0, 1))
+    assert analyze.channel_spectrum(A).numpy() == pytest.approx(spectrum, **tolerance)
     assert analyze.magnitude(A).item() == pytest.approx(np.abs(tokens).mean(), **tolerance)
     lo, hi = A.min().item(), A.max().item()
     assert analyze.entropy_map(A, lo, hi).numpy() == pytest.approx(numpy_entropy(A, lo, hi), **tolerance)
@@ -605,7 +611,8 @@ def test_entropy_on_bin_edges(dtype):
     """Every edge, and the numbers just below and above it, fall where numpy.histogram puts them."""
     for lo, hi in ((-1.0, 1.0), (0.1, 0.7), (-3.3, 12.7)):
         edges = torch.from_numpy(np.linspace(lo, hi, 101)).to(dtype)
-        around = torch.cat([edges, edges.nextafter(torch.tensor(9e9).to(dtype)), edges.nextafter(torch.tensor(-9e9).to(dtype))])
+        above, below = (edges.nextafter(torch.tensor(end).to(dtype)) for end in (9e9, -9e9))
+        around = torch.cat([edges, above, below])
         lo, hi = edges[0].item(), edges[-1].item()
         around = around[(around >= lo) & (around <= hi)]
         A = torch.stack([around.roll(i)[:40] for i in range(len(around))]).view(-1, 40, 1, 1)
@@ -621,7 +628,8 @@ def test_metrics_of_degenerate_input():
     X = torch.randn(1, 4, 8)
     with_zero = torch.cat([X, torch.zeros(1, 1, 8)], dim=1)              # a token of zeros has no pattern
     assert torch.equal(analyze.sep_curve(with_zero), analyze.sep_curve(X)) and not analyze.sep_curve(zeros).any()
-    assert analyze.sep_bandwidth(analyze.sep_curve(torch.ones(1, 1, 8))).tolist() == [0.125] * 5     # all in frequency 0
+    curve = analyze.sep_curve(torch.ones(1, 1, 8))                      # all in frequency 0
+    assert analyze.sep_bandwidth(curve).tolist() == [0.125] * 5
 
 
 def test_analysis_streams(tmp_path, monkeypatch):

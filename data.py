@@ -3,6 +3,7 @@
 What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up
 a global batch on (seed, epoch) alone: not on the number of processes, data workers or former interruptions.
 """
+import hashlib
 import multiprocessing
 import os
 import random
@@ -342,7 +343,8 @@ class Halves(Dataset):
 
     def __getitem__(self, key):
         split, epoch, index, repeat = key
-        seed = seed_of(self.seed, epoch, index, repeat)
+        digest = hashlib.blake2s(repr((self.seed, epoch, index, repeat)).encode(), digest_size=4).digest()
+        seed = int.from_bytes(digest, "little")                         # seed_of is 0.1 ms slower: 2 % of an image
         return *self.halves[split][index, seed], seed
 
 
@@ -387,7 +389,7 @@ def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1,
     if img_size < 64:
         return tuple(TensorLoader(dataset, img_size=img_size, repeats=repeats, skip_bad=skip_bad_images, **common)
                      for dataset in (train, val))
-    bytes_of = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, normalize=False)
+    bytes_of = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True)
     transforms = (bytes_of(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
                   bytes_of(crop_pct=crop_pct))
     halves = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]

@@ -373,7 +373,8 @@ def fake_cuda(monkeypatch):
 def test_an_update_stays_on_the_device(method, amp, fake_cuda):
     """Forward passes, losses, fused AdamW and EMA mix no devices and never wait for one, in every --amp mode."""
     dtypes = set()
-    names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2", plant=lambda run: [
+    shallow = () if method == "none" else ("--teacher-weights", "random", "--teacher-kwargs", "depth=2")
+    names, means = fake_cuda("--method", method, "--amp", amp, "--accum", "2", *shallow, plant=lambda run: [
         getattr(run, who).register_forward_hook(lambda model, args, said, who=who: dtypes.add((who, said[0].dtype)))
         for who in ("teacher", "student") if getattr(run, who)])
     half = {who for who, dtype in dtypes if dtype == torch.bfloat16}
@@ -489,11 +490,10 @@ def test_resume_of_a_run_from_weights(tuned, photos, tmp_path, monkeypatch, caps
 def test_eval_equals_the_log(tuned, photos, capsys):
     """Of a run, on one process and two; of a model with weights; on a folder of classes without train/."""
     last, before = log_of(tuned)[-1], {path: path.read_bytes() for path in tuned.iterdir()}
+    two = start(*TWO, "train_kd.py", "--eval", "--out", tuned, "--device", "cpu")
     train_kd.main(["--eval", "--out", str(tuned), "--device", "cpu"])
     one = capsys.readouterr().out.splitlines()
-    two = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py", "--eval", "--out",
-                 tuned, "--device", "cpu").stdout.splitlines()
-    assert one == two and len(one) == 2
+    assert one == two.communicate(timeout=60)[0].splitlines() and len(one) == 2
     for line, name, prefix in zip(one, ("student", "its EMA"), ("", "ema_")):
         assert line.startswith(f"{name}: top-1 {last[prefix + 'top1']:.2f} %, top-5 {last[prefix + 'top5']:.2f} %")
         assert line.endswith("16 images")
@@ -521,11 +521,13 @@ def test_warnings(photos, tmp_path, capsys, monkeypatch):
     assert "near chance" not in said and "an epoch has only 2 updates: lower --batch-size" in said
 
 
-def launch(*command, check=True):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert not check or done.returncode == 0, done.stderr
-    return done
+TWO = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"        # processes
+
+
+def start(*command):
+    """Python with a command line, beside the test."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def log_of(folder):
@@ -1181,7 +1183,8 @@ def test_bad_images_can_be_skipped(world):
 
 
 @pytest.mark.parametrize("name, size, options, backend", [
-    ("deit_toy_patch8_32", 32, dict(depth=2), "aot_eager"), ("cait_toy_patch8_32", 32, dict(depth=2), "aot_eager"),
+    ("deit_toy_patch8_32", 32, dict(depth=1), "aot_eager"),
+    ("cait_toy_patch8_32", 32, dict(depth=1, depth_token_only=1), "aot_eager"),
     ("swin_tiny_patch4_window7_224", 56, dict(depths=(1, 1), num_heads=(2, 4), embed_dim=16, drop_path_rate=0),
      "aot_eager"),
     pytest.param("deit_toy_patch8_32", 32, dict(depth=1), "inductor",
@@ -1238,10 +1241,11 @@ def test_bench(tmp_path, capsys):
 # the command lines
 
 
-def test_command_line_and_resume(tmp_path, monkeypatch):
+def test_a_run_and_its_resumption(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "VAL_SIZE", 200)
     flags = [*TINY, "--method", "projector", "--epochs", "2", "--device", "cpu"]
-    whole = launch("train_kd.py", *flags, "--out", tmp_path / "whole")
-    assert "teacher cait_toy_patch8_32: top-1 9" in whole.stdout and len(log_of(tmp_path / "whole")) == 2
+    train_kd.main([*flags, "--out", str(tmp_path / "whole")])
+    assert "teacher cait_toy_patch8_32: top-1 9" in capsys.readouterr().out and len(log_of(tmp_path / "whole")) == 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "student.safetensors",
         "student_ema.safetensors", "curves.png"}
@@ -1267,25 +1271,35 @@ def test_command_line_and_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signals")
-def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
+def test_a_run_that_is_killed_twice_ends_the_same(tmp_path, monkeypatch, capsys):
     """kill -9 in the first run, SIGTERM in the second (after a step, within an epoch), the third reaches the end."""
-    flags = [*TINY, "--method", "none", "--epochs", "5", "--device", "cpu", "--train-size", "640"]
-    train_kd.main([*flags, "--out", str(tmp_path / "whole")])
-    out, resume = tmp_path / "parts", ["--resume", "--out", str(tmp_path / "parts")]
-    for number, command in ((signal.SIGKILL, [*flags, "--out", str(out)]), (signal.SIGTERM, resume)):
-        stamp = out.exists() and (out / "last.pt").stat().st_mtime_ns
-        process = subprocess.Popen([sys.executable, "train_kd.py", *command], cwd=HERE, stdout=subprocess.PIPE,
-                                   text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while not (out / "last.pt").exists() or (out / "last.pt").stat().st_mtime_ns == stamp:
-            assert process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.1)
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert "stopped by SIGTERM after step" in said and not (out / "student.safetensors").exists()
+    flags = [*TINY, "--method", "none", "--epochs", "3", "--device", "cpu", "--train-size", "640"]
+    whole = start("train_kd.py", *flags, "--out", tmp_path / "whole")
+    out, update = tmp_path / "parts", train_kd.update
+    process = start("train_kd.py", *flags, "--out", out)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+
+    def update_or_signal(run, stream, step):
+        if step == 57:
+            signal.raise_signal(signal.SIGTERM)
+        return update(run, stream, step)
+
+    resume = ["--resume", "--out", str(out)]
+    monkeypatch.setattr(train_kd, "update", update_or_signal)
+    with pytest.raises(SystemExit) as stopped:
+        train_kd.main(resume)
+    assert stopped.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM after step 58" in capsys.readouterr().out
+    assert not (out / "student.safetensors").exists()
+    monkeypatch.undo()
     train_kd.main(resume)
-    assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 5
+    said, _ = whole.communicate(timeout=60)
+    assert whole.returncode == 0 and f"done: {tmp_path / 'whole'}: top-1 " in said
+    assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 3
     ends = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole")]
     [end.pop("log") for end in ends]
     assert_same(*ends)
@@ -1294,10 +1308,7 @@ def test_a_run_that_is_killed_twice_ends_the_same(tmp_path):
 def test_a_signal_stops_all_processes(tmp_path):
     """SIGTERM to torchrun: both processes finish the step, the first saves, none is left; one process goes on."""
     flags = [*TINY, "--method", "none", "--epochs", "500", "--device", "cpu", "--train-size", "640"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_kd.py",
-               *flags, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(*TWO, "train_kd.py", *flags, "--out", tmp_path)
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -1310,10 +1321,19 @@ def test_a_signal_stops_all_processes(tmp_path):
     assert len(log_of(tmp_path)) == step // 40 + 1
 
 
-def test_two_processes_equal_one(tmp_path):
-    """The first ten losses of every method, float32, same global batch (below: what the processes run)."""
-    launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "test_smoke.py", tmp_path / "two")
-    launch("test_smoke.py", tmp_path / "one")
+def ten_updates(out):
+    for name in losses.METHODS:                                         # ten epochs of one update
+        flags = "--train-size 16 --batch-size 16 --epochs 10 --device cpu --student-kwargs depth=2 --warmup-epochs 0"
+        train_kd.main([*flags.split(), "--method", name, "--out", f"{out}/{name}"])
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    """The first ten losses of every method, float32, same global batch."""
+    monkeypatch.setattr(data, "VAL_SIZE", 40)
+    two = start(*TWO, "test_smoke.py", tmp_path / "two")
+    ten_updates(tmp_path / "one")
+    two.communicate(timeout=120)
+    assert two.returncode == 0
     for method in losses.METHODS:
         one, two = log_of(tmp_path / "one" / method), log_of(tmp_path / "two" / method)
         assert len(one) == 10
@@ -1323,6 +1343,4 @@ def test_two_processes_equal_one(tmp_path):
 
 if __name__ == "__main__":
     data.VAL_SIZE = 40
-    for name in losses.METHODS:                                         # ten epochs of one update
-        flags = "--train-size 16 --batch-size 16 --epochs 10 --device cpu --student-kwargs depth=2 --warmup-epochs 0"
-        train_kd.main([*flags.split(), "--method", name, "--out", f"{sys.argv[1]}/{name}"])
+    ten_updates(sys.argv[1])

@@ -87,7 +87,7 @@ def update(run, stream, step):
 
 
 def train(run, loaders, sizes, state):
-    """Train to the last epoch from `state`, what last.pt held, or from the start; write the run's folder."""
+    """Train to the last epoch from `state`, what last.pt held, or from the start -> log, the teacher's top-1."""
     settings, (train_loader, val_loader), (train_size, val_size) = run.settings, loaders, sizes
     steps = train_size // settings.batch_size                           # updates in an epoch
     scheduler, _ = create_scheduler_v2(run.optimizer, "cosine", num_epochs=settings.epochs, min_lr=settings.min_lr,
@@ -140,10 +140,7 @@ def train(run, loaders, sizes, state):
             report(log, settings.epochs)
             write_epoch(run, log)
         save(run, step, log, names, rows)
-    if run.rank == 0:
-        finish(run, log)
-        if run.teacher and taught < log[-1]["top1"]:
-            warn(f"the student ends above its teacher ({taught:.2f} %), which had little to tell: train a better one")
+    return log, taught if run.teacher else None
 
 
 @torch.no_grad()
@@ -391,7 +388,7 @@ def report(log, epochs):
           f"{record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  {left:.1f} min left", flush=True)
 
 
-def finish(run, log):
+def finish(run, log, taught):
     """What a run leaves at its end: the student as timm loads it, the curves."""
     out = Path(run.settings.out)
     for name, student in (("student", run.student), ("student_ema", run.ema.module)):
@@ -399,6 +396,8 @@ def finish(run, log):
         write(out / f"{name}.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write(out / "curves.png", partial(draw_curves, log))
     print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
+    if taught is not None and taught < log[-1]["top1"]:
+        warn(f"the student ends above its teacher ({taught:.2f} %), which had little to tell: train a better one")
 
 
 def draw_curves(log, path):
@@ -886,7 +885,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     try:
-        train(run, loaders, sizes, state)
+        log, taught = train(run, loaders, sizes, state)
+        loaders = None      # ends the workers; the garbage collector would take 5 s for each
+        if rank == 0:
+            finish(run, log, taught)
     except data.BadImage as error:                                      # from a data worker with its traceback in front
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
     except OSError as error:

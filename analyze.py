@@ -31,6 +31,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
@@ -72,6 +73,7 @@ def entropy_map(A, lo, hi, bins=BINS):
     """
     B, C, h, w = A.shape
     tokens = _full(tokens_of(A)).reshape(-1, C).contiguous()
+    lo, hi = float(lo), float(hi)
     lo, hi = (lo, hi) if hi > lo else (lo - 0.5, hi + 0.5)              # as NumPy does for constant input
     edges = torch.from_numpy(np.linspace(lo, hi, bins + 1)).to(tokens)
     share = torch.arange(C + 1, dtype=torch.float64) / C                # p for every possible count
@@ -746,10 +748,14 @@ def study(source, out):
     for y, (name, values) in enumerate(top1.items()):
         mean, spread = moments(values)
         print(f"| {name} | {len(values)} | {' '.join(f'{v:.2f}' for v in values)} | {mean:.2f} +- {spread:.2f} |")
-        axes.errorbar(mean, y, xerr=spread, fmt="s", color="black", markersize=5)
-        axes.plot(values, [y] * len(values), "o", color="#c1440e", alpha=0.8)
-    axes.set(xlabel="validation top-1 (%): each seed, mean and standard deviation", yticks=range(len(top1)),
-             yticklabels=top1)
+        axes.errorbar(max(100 - mean, 0.01), y, xerr=spread, fmt="s", color="black", markersize=5)
+        axes.plot(np.maximum(100 - np.array(values), 0.01), [y] * len(values), "o", color="#c1440e", alpha=0.8)
+    axes.set(xscale="log", xlabel="validation error (%, at least 0.01): each seed, mean, std",
+             yticks=range(len(top1)), yticklabels=top1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.minorticks_off()
+    axes.invert_xaxis()
     save(figure, out / "study.png")
     draw_dose(runs, out / "dose.png")
 

@@ -1302,6 +1302,7 @@ def test_a_run_that_is_killed_twice_ends_the_same(tmp_path, monkeypatch, capsys)
     assert whole.returncode == 0 and f"done: {tmp_path / 'whole'}: top-1 " in said
     assert (tmp_path / "whole" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 3
+    assert models.read_config(out)["command"].startswith("train_kd.py --train-size")    # not the resumption's
     ends = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, tmp_path / "whole")]
     [end.pop("log") for end in ends]
     assert_same(*ends)

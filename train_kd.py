@@ -396,7 +396,7 @@ def finish(run, log, taught):
         write(out / f"{name}.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write(out / "curves.png", partial(draw_curves, log))
     print(f"done: {out}: top-1 {log[-1]['top1']:.2f} %, EMA {log[-1]['ema_top1']:.2f} %", flush=True)
-    if taught is not None and taught < log[-1]["top1"]:
+    if run.teacher and taught < log[-1]["top1"] and run.settings.teacher_weights != "random":
         warn(f"the student ends above its teacher ({taught:.2f} %), which had little to tell: train a better one")
 
 
@@ -966,6 +966,8 @@ def open_folder(settings, description):
     for old in [] if settings.resume else out.glob("*.*"):
         if old.suffix in (".pt", ".part", ".jsonl", ".safetensors", ".png"):
             old.unlink()
+    if settings.resume:                                                 # the command that makes the run from nothing
+        description = {**description, "command": read_config(out)["command"]}
     write_text(out / "config.json", json.dumps(description, indent=1))
 
 

@@ -494,7 +494,7 @@ def test_eval_equals_the_log(tuned, photos, capsys):
     two = start(*TWO, "train_kd.py", "--eval", "--out", tuned, "--device", "cpu")
     train_kd.main(["--eval", "--out", str(tuned), "--device", "cpu"])
     one = capsys.readouterr().out.splitlines()
-    assert one == two.communicate(timeout=60)[0].splitlines() and len(one) == 2
+    assert one == two.communicate(timeout=60)[0].splitlines() and len(one) == 2 and two.returncode == 0
     for line, name, prefix in zip(one, ("student", "its EMA"), ("", "ema_")):
         assert line.startswith(f"{name}: top-1 {last[prefix + 'top1']:.2f} %, top-5 {last[prefix + 'top5']:.2f} %")
         assert line.endswith("16 images")
@@ -526,9 +526,9 @@ TWO = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"       
 
 
 def start(*command):
-    """Python with a command line, beside the test."""
+    """Python with a command line, beside the test; pytest shows its stderr if the test fails."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def log_of(folder):
@@ -1325,9 +1325,10 @@ def test_a_signal_stops_all_processes(tmp_path):
 
 
 def ten_updates(out):
-    for name in losses.METHODS:                                         # ten epochs of one update
-        flags = "--train-size 16 --batch-size 16 --epochs 10 --device cpu --student-kwargs depth=2 --warmup-epochs 0 "
-        train_kd.main([*(flags + "--snapshot-every 10").split(), "--method", name, "--out", f"{out}/{name}"])
+    flags = ("--train-size 16 --batch-size 16 --epochs 10 --device cpu --student-kwargs depth=2 --warmup-epochs 0 "
+             "--snapshot-every 10").split()                             # ten epochs of one update
+    for name in losses.METHODS:
+        train_kd.main([*flags, "--method", name, "--out", f"{out}/{name}"])
 
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):

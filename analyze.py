@@ -430,7 +430,7 @@ def named(stem, range_name):
 
 
 FILES = {"summary.md", *(f"{stem}.{end}" for end in ("csv", "png") for stem in (       # all but study.jsonl
-    *BY_LAYER, "spectra", "ranks", "sep", "study", "dose",
+    *BY_LAYER, "spectra", "ranks", "sep", "study", "dose", "gains",
     *(named(stem, name) for stem in ("entropy", "evolution") for name in RANGES)))}
 
 
@@ -752,12 +752,17 @@ def study(source, out):
         axes.plot(np.maximum(100 - np.array(values), 0.01), [y] * len(values), "o", color="#c1440e", alpha=0.8)
     axes.set(xscale="log", xlabel="validation error (%, at least 0.01): each seed, mean, std",
              yticks=range(len(top1)), yticklabels=top1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.minorticks_off()
     axes.invert_xaxis()
     save(figure, out / "study.png")
-    draw_dose(runs, out / "dose.png")
+    setups = by_setup(runs)
+    if setups:
+        draw_dose(next(iter(setups.values())), out / "dose.png")
+        gains = gains_over_soft(setups)
+        if gains:
+            draw_gains(gains, setups, out / "gains.png")
 
 
 def moments(values):
@@ -765,53 +770,81 @@ def moments(values):
 
 
 def dose_line(run):
-    """What a run of beta > 0 compares, and in which layers: "mse, layer 12"; "soft, beta 0, lifted" is its control."""
+    """What a run of beta > 0 compares, and in which layers: "mse, layer 12"; None if nothing."""
     settings, layers = run["settings"], [str(layer + 1) for layer in run["layers"]["student"]]
     if not layers:
-        return f"soft, beta 0, {settings['variant']}".removesuffix(", plain") if settings["method"] == "soft" else None
+        return None
     what, = {*run["terms"]} - {"ce", "kd"}
     name = what if settings["method"] in ("spectral", what) else f"{settings['method']} ({what})"
     norm = ", norm none" if settings.get("norm") == "none" else ""
     return f"{name}{norm}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
 
-def draw_dose(runs, path):
-    """Top-1 against beta, a line a method and place that has several; `soft` is beta 0; a panel a setup (HELD)."""
-    panels = {}                                                         # {setup: {line: {beta: [top-1 of a seed]}}}
+def by_setup(runs):
+    """{setup (HELD): {(line, student variant): {beta: [top-1 of a seed]}}}, the setup with most runs first; line None
+    is `soft`, at beta 0."""
+    setups = {}
     for run in runs:
-        setup = tuple(json.dumps(run["settings"].get(key)) for key in HELD)
-        beta = run["settings"]["beta"] if run["layers"]["student"] else 0
-        if dose_line(run):
-            panels.setdefault(setup, {}).setdefault(dose_line(run), {}).setdefault(beta, []).append(run["top1"][-1])
-    panels = {setup: {name: doses for name, doses in sorted(lines.items()) if len(doses) > 1 or 0 in doses}
-              for setup, lines in panels.items()}
-    panels = {setup: lines for setup, lines in panels.items() if any(0 not in doses for doses in lines.values())}
+        line, settings = dose_line(run), run["settings"]
+        if line or settings["method"] == "soft":
+            lines = setups.setdefault(tuple(json.dumps(settings.get(key)) for key in HELD), {})
+            doses = lines.setdefault((line, settings["variant"]), {})
+            doses.setdefault(settings["beta"] if line else 0, []).append(run["top1"][-1])
+    return dict(sorted(setups.items(), key=lambda item: -sum(len(v) for d in item[1].values() for v in d.values())))
+
+
+def draw_dose(lines, path):
+    """Top-1 against beta in one setup: on the left what compares pooled maps, on the right what learns to compare. A
+    line starts at beta 0 with its control, `soft` on the same student."""
+    shown = {line: {**lines.get((None, line[1]), {}), **dict(sorted(lines[line].items()))}
+             for line in sorted(line for line in lines if line[0])}
+    shown = {line: doses for line, doses in shown.items() if len({*doses} - {0}) > 1}
+    panels = [{line: doses for line, doses in shown.items() if line[0].startswith(("mse", "spectral")) == pooled}
+              for pooled in (True, False)]
+    panels = [panel for panel in panels if panel]
     if not panels:
         return
-    figure = Figure(figsize=(max(3.6 * len(panels), 7), 5.4))
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    every = [(name, doses) for lines in panels.values() for name, doses in lines.items()]
-    names = sorted({name for name, doses in every if 0 not in doses})
-    betas = sorted({beta for _, doses in every for beta in doses} - {0})
-    for axes, (setup, lines) in zip(grid, panels.items()):
-        for name, doses in lines.items():
-            beta, values = zip(*sorted(doses.items()))
-            mean, spread = zip(*map(moments, values))
-            if name in names:
-                i = names.index(name)
-                x = np.array(beta) * 1.3 ** ((i + 0.5) / len(names) - 0.5)                  # side by side
-                axes.errorbar(x, mean, spread, label=name, **style(i))
-            else:
-                low, high = mean[0] - np.nan_to_num(spread[0]), mean[0] + np.nan_to_num(spread[0])
-                axes.axhspan(low, high, alpha=0.3, facecolor="gray", edgecolor="black", linewidth=0.8, label=name,
-                             hatch="///" if "lifted" in name else "..." if "widened" in name else "")
-                axes.errorbar(betas[0] / 4, mean, spread, fmt="s", color="black")
-        axes.set(xscale="log", xlabel="beta, the weight of the feature loss", title="\n".join(
-            f"{key} {value}".replace("null", "default") for key, value, *all_values in zip(HELD, setup, *panels)
-            if len({*all_values}) > 1))
-        axes.set_xticks([betas[0] / 4, *betas], ["0", *(f"{beta:g}" for beta in betas)], fontsize=8)
+    betas = sorted({beta for doses in shown.values() for beta in doses} - {0})
+    place = {0: betas[0] / 4, **{beta: beta for beta in betas}}
+    figure = Figure(figsize=(max(4.4 * len(panels), 6.4), 4.8))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
+        for i, (line, doses) in enumerate(panel.items()):
+            x = [place[beta] * 1.4 ** ((i + 0.5) / len(panel) - 0.5) for beta in doses]             # side by side
+            axes.errorbar(x, *zip(*map(moments, doses.values())), label=line[0], **style([*shown].index(line)))
+        axes.set(xscale="log", xlabel="beta, the weight of the feature loss")
+        axes.set_xticks([*place.values()], [f"{beta:g}" for beta in place], fontsize=8)
         axes.xaxis.minorticks_off()
-    grid[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
+    figure.axes[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
+    save(figure, path, ncols=3)
+
+
+def gains_over_soft(setups):
+    """What a feature loss adds to `soft` in top-1, where several setups tell: {(line, beta): {setup: (gain, error)}},
+    the difference of the means and its standard error."""
+    gains = {}
+    for setup, lines in setups.items():
+        control = lines.get((None, "plain"), {}).get(0, ())
+        for (line, _), doses in lines.items():
+            for beta, values in doses.items():
+                if line and min(len(values), len(control)) > 1:
+                    error = math.sqrt(sum(np.var(each, ddof=1) / len(each) for each in (values, control)))
+                    gains.setdefault((line, beta), {})[setup] = np.mean(values) - np.mean(control), error
+    return {key: found for key, found in sorted(gains.items()) if len(found) > 1}
+
+
+def draw_gains(gains, setups, path):
+    rows = [setup for setup in setups if any(setup in found for found in gains.values())][::-1]
+    figure = Figure(figsize=(7.4, 0.75 * len(rows) + 1.2))
+    axes = figure.subplots()
+    for i, ((line, beta), found) in enumerate(gains.items()):
+        y = [rows.index(setup) + 0.5 - (i + 1) / (len(gains) + 1) for setup in found]
+        gain, error = zip(*found.values())
+        axes.errorbar(gain, y, xerr=error, label=f"{line}, beta {beta:g}", **{**style(i), "linestyle": "none"})
+    names = ["\n".join(f"{key} {value}" for key, value, usual in zip(HELD, setup, rows[-1]) if value != usual)
+             for setup in rows]
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="top-1 less that of `soft` on the plain student (points)", yticks=range(len(rows)),
+             yticklabels=[re.sub("[{}\"]", "", name) or "as in dose.png" for name in names])
     save(figure, path)
 
 

@@ -769,8 +769,9 @@ def test_study_is_kept_in_one_file(tmp_path, capsys):
     runs = tmp_path / "runs"
     for seed in (0, 1):
         make_run(runs / f"soft-{seed}", log=epochs(50, 80 + seed), seed=seed)
-    for beta in (0.2, 5.0):
-        make_run(runs / f"mse-beta{beta}-0", "spectral", epochs(50, 80 + beta, mse=beta), beta=beta, layers=[1])
+        for beta in (0.2, 5.0):
+            make_run(runs / f"mse-beta{beta}-{seed}", "spectral", epochs(50, 80 + beta, mse=beta), seed, beta=beta,
+                     layers=[1])
     make_run(runs / "unfinished-0", log=epochs(50), epochs=2)
     (runs / "no-run").mkdir()
 
@@ -790,10 +791,14 @@ def test_study_is_kept_in_one_file(tmp_path, capsys):
     assert study(record) == said and record.read_bytes() == kept
 
     make_run(runs / "soft-1", log=epochs(60, 90), seed=1)
-    make_run(runs / "new-0", log=epochs(1, 2), lr=3)
+    for seed in (0, 1):                                                 # another setup: what do both have in common?
+        make_run(runs / f"new-{seed}", log=epochs(1, 2), seed=seed, lr=3)
+        make_run(runs / f"new-mse-{seed}", "spectral", epochs(1, 3, mse=1), seed, lr=3, beta=5.0, layers=[1])
     said = study(runs)
-    assert "| soft | 2 | 80.00 90.00 |" in said and "| new | 1 | 2.00 |" in said and "| mse-beta5.0 | 1 |" in said
-    assert len(record.read_text(encoding="utf-8").splitlines()) == 6
+    assert "| soft | 2 | 80.00 90.00 |" in said and "| new | 2 | 2.00 2.00 |" in said and "| mse-beta5.0 | 2 |" in said
+    assert len(record.read_text(encoding="utf-8").splitlines()) == 11 and (tmp_path / "out" / "gains.png").exists()
+    gains = analyze.gains_over_soft(analyze.by_setup([*analyze.read_study(record).values()]))
+    assert [*gains] == [("mse, layer 2", 5)] and [*gains["mse, layer 2", 5].values()] == [(0, 5), (1, 0)]
 
 
 def test_recorded_studies_can_be_read():

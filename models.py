@@ -290,9 +290,12 @@ def load_student(run, file="student.safetensors", trained=True):
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
-    return build_model(settings["student"], num_classes=classes, img_size=settings["img_size"],
-                       variant=settings["variant"], teacher_width=width, weights=path if trained else None,
-                       **settings["student_kwargs"] or {})
+    model = build_model(settings["student"], num_classes=classes, img_size=settings["img_size"],
+                        variant=settings["variant"], teacher_width=width, weights=path if trained else None,
+                        **settings["student_kwargs"] or {})
+    if settings["img_size"] >= 64:                                      # timm's transforms then see what validation saw
+        model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
+    return model
 
 
 def read_config(run):

@@ -438,6 +438,13 @@ def test_load_student_on_one_photo(tuned, photos):
             assert student(transform(image)[None]).softmax(-1)[0].argmax() == number
 
 
+def test_load_student_crops_as_its_validation_did(tmp_path):
+    large = models.load_student(make_run(tmp_path / "large", img_size=64, crop_pct=0.8), trained=False)
+    small = models.load_student(make_run(tmp_path / "small", img_size=32, crop_pct=0.8))
+    crops = [timm.data.resolve_model_data_config(student)["crop_pct"] for student in (large, small)]
+    assert crops == [0.8, 1] and timm.get_pretrained_cfg("deit_toy_patch8_32").crop_pct == 1
+
+
 @pytest.mark.parametrize("variant, classes, new", [
     ("plain", 20, "nothing"),
     ("plain", 2, "classifier drawn afresh"),
@@ -1225,7 +1232,8 @@ def test_bfloat16_by_default_where_it_helps(monkeypatch):
     monkeypatch.setattr(train_kd, "cpu", {"flags": "sse avx512_bf16", "model name": "any"}.get)
     for native, expected in ((True, "both"), (False, "off")):           # a T4 or V100 only emulates it
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
-        assert train_kd.default_amp(torch.device("cuda"), 32) == expected
+        assert train_kd.default_amp(torch.device("cuda"), 224) == expected
+        assert train_kd.default_amp(torch.device("cuda"), 32) == "off"
     for device, size, expected in (("cpu", 224, "both"), ("cpu", 32, "off"), ("mps", 224, "off")):
         assert train_kd.default_amp(torch.device(device), size) == expected
     monkeypatch.setattr(train_kd, "cpu", lambda key: "")

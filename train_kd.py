@@ -610,8 +610,8 @@ SETTINGS = {
         Setting("overwrite", bool, False, "replace the run in --out"),
         Setting("snapshot_every", COUNT, None, "epochs between epoch_NNNN.pt (default: a tenth)", free=True),
         Setting("device", ("cpu", "cuda", "mps"), None, "default: cuda, else mps (Apple), else cpu", free=True),
-        Setting("amp", ("off", "teacher", "student", "both"), None, "bfloat16 in one or both (default: both where "
-                "the GPU, or from 64 px the CPU, computes in it; else off)", free=True, const="both"),
+        Setting("amp", ("off", "teacher", "student", "both"), None, "bfloat16 in one or both (default: both from 64 px "
+                "where the GPU or CPU computes in it; else off)", free=True, const="both"),
         Setting("compile", bool, False, "torch.compile student and teacher, a graph each", free=True),
         Setting("dry_run", bool, False, "build everything with random weights, print it, end"),
         Setting("eval", bool, False, "accuracy of the run in --out, or of --student with --student-weights, and end"),
@@ -979,12 +979,12 @@ def cpu(key):
 
 
 def default_amp(device, img_size):
-    """bfloat16 on GPUs that compute in it (T4 and V100 only emulate it), and from 64 px on such CPUs: measured."""
+    """bfloat16 from 64 px where the device computes in it (T4 and V100 only emulate it); below it slows the student."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and img_size >= 64 and {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()}
-    return "both" if native else "off"
+        native = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {*cpu("flags").split()}
+    return "both" if native and img_size >= 64 else "off"
 
 
 def choose_device(asked, local):

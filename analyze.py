@@ -833,6 +833,7 @@ def gains_over_soft(setups):
 
 
 def draw_gains(gains, setups, path):
+    """`gains_over_soft` +- standard error, a row a setup; a setup's name is what sets it apart from the first one."""
     rows = [setup for setup in setups if any(setup in found for found in gains.values())][::-1]
     figure = Figure(figsize=(7.4, 0.75 * len(rows) + 1.2))
     axes = figure.subplots()
@@ -843,7 +844,11 @@ def draw_gains(gains, setups, path):
     names = ["\n".join(f"{key} {value}" for key, value, usual in zip(HELD, setup, rows[-1]) if value != usual)
              for setup in rows]
     axes.axvline(0, color="black", linewidth=0.8)
+    for y in range(1, len(rows)):
+        axes.axhline(y - 0.5, color="lightgray", linewidth=0.8)
+    axes.grid(visible=False, axis="y")
     axes.set(xlabel="top-1 less that of `soft` on the plain student (points)", yticks=range(len(rows)),
+             ylim=(-0.5, len(rows) - 0.5),
              yticklabels=[re.sub("[{}\"]", "", name) or "as in dose.png" for name in names])
     save(figure, path)
 

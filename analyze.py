@@ -752,7 +752,7 @@ def study(source, out):
         axes.plot(np.maximum(100 - np.array(values), 0.01), [y] * len(values), "o", color="#c1440e", alpha=0.8)
     axes.set(xscale="log", xlabel="validation error (%, at least 0.01): each seed, mean, std",
              yticks=range(len(top1)), yticklabels=top1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.minorticks_off()
     axes.invert_xaxis()

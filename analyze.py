@@ -39,6 +39,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import data
+from losses import METHODS
 from models import HookedModel, build_model, load_student, read_config, stages
 
 HERE = Path(__file__).resolve().parent
@@ -777,7 +778,9 @@ def dose_line(run):
     what, = {*run["terms"]} - {"ce", "kd"}
     name = what if settings["method"] in ("spectral", what) else f"{settings['method']} ({what})"
     norm = ", norm none" if settings.get("norm") == "none" else ""
-    return f"{name}{norm}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+    own = getattr(METHODS.get(settings["method"]), "variant", "plain")  # a method may have gone since
+    variant = f", {settings['variant']}" if settings["variant"] != own else ""
+    return f"{name}{norm}, layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}{variant}"
 
 
 def by_setup(runs):

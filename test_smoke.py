@@ -801,9 +801,11 @@ def test_study_is_kept_in_one_file(tmp_path, capsys):
     for seed in (0, 1):                                                 # another setup: what do both have in common?
         make_run(runs / f"new-{seed}", log=epochs(1, 2), seed=seed, lr=3)
         make_run(runs / f"new-mse-{seed}", "spectral", epochs(1, 3, mse=1), seed, lr=3, beta=5.0, layers=[1])
+        make_run(runs / f"newer-lifted-{seed}", "spectral", epochs(1, 9, mse=1), seed, lr=3, beta=5.0, layers=[1],
+                 variant="lifted")
     said = study(runs)
     assert "| soft | 2 | 80.00 90.00 |" in said and "| new | 2 | 2.00 2.00 |" in said and "| mse-beta5.0 | 2 |" in said
-    assert len(record.read_text(encoding="utf-8").splitlines()) == 11 and (tmp_path / "out" / "gains.png").exists()
+    assert len(record.read_text(encoding="utf-8").splitlines()) == 13 and (tmp_path / "out" / "gains.png").exists()
     gains = analyze.gains_over_soft(analyze.by_setup([*analyze.read_study(record).values()]))
     assert [*gains] == [("mse, layer 2", 5)] and [*gains["mse, layer 2", 5].values()] == [(0, 5), (1, 0)]
 

@@ -10,9 +10,11 @@ import random
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import auto_augment, create_dataset, create_transform
@@ -21,7 +23,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
 
 SHAPES = ("disk", "square", "triangle", "ring", "star")
@@ -36,7 +38,7 @@ def draw_shapes(count, split="train", seed=0):
     Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core.
     """
     splits = {"train": 0, "val": 1}
-    # Row i of a generator's table is the same however many rows are drawn.
+  # Row i of a generator's table is the same however many rows are drawn.
     table = np.random.default_rng([seed, splits[split], 0])
     pixels = np.random.default_rng([seed, splits[split], 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
@@ -51,27 +53,27 @@ def _draw(table, pixels, labels):
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     rows, shape, texture = np.arange(len(labels)), *divmod(labels, len(TEXTURES))
 
-    def uniform(low, high):                                             # a number for each image: [n, 1, 1]
+    def uniform(low, high):  # a number for each image: [n, 1, 1]
         return low + (high - low) * next(columns)[:, None, None]
 
-    def colour(low, high):                                              # [n, 1, 1, 3]
+    def colour(low, high):  # [n, 1, 1, 3]
         return np.stack([uniform(low, high) for _ in range(3)], axis=-1)
 
     def rotated(x, y, turn):
         return x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
 
-    def paint(image, mask, paint_colour):                               # mask: coverage, [n, 32, 32]
+    def paint(image, mask, paint_colour):  # mask: coverage, [n, 32, 32]
         return image + np.clip(mask, 0, 1)[..., None] * (paint_colour - image)
 
-    def litter(image):                                                  # a small bar anywhere
+    def litter(image):  # a small bar anywhere
         x, y = rotated(xs - uniform(-16, 16), ys - uniform(-16, 16), uniform(0, np.pi))
         half_length, half_width = uniform(1.5, 8), uniform(1, 2)
         return paint(image, np.minimum(half_length - abs(x), half_width - abs(y)), colour(0, 0.6))
 
-    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]     # dark, a slight gradient
+    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]  # dark, a slight gradient
     image = litter(image)
 
-    # Shape: a function that is positive inside, in units of the radius.
+  # Shape: a function that is positive inside, in units of the radius.
     radius = uniform(10, 13)
     x, y = rotated(xs - uniform(-1, 1), ys - uniform(-1, 1), uniform(-0.35, 0.35))
     u, v, rho, phi = x / radius, y / radius, np.hypot(x, y) / radius, np.arctan2(y, x)
@@ -79,16 +81,16 @@ def _draw(table, pixels, labels):
     inside = np.stack([0.9 - rho, 0.8 - np.maximum(abs(u), abs(v)), 0.55 - triangle,
                        0.27 - abs(rho - 0.68), 0.68 + 0.26 * np.cos(5 * phi) - rho])[shape, rows]
 
-    # Texture: a number in [0, 1] at every pixel, between two colours.
+  # Texture: a number in [0, 1] at every pixel, between two colours.
     p, q = rotated(x, y, uniform(0, 2 * np.pi))
-    frequency = 2 * np.pi / uniform(5, 7)                               # of stripes and checkers: 5 to 7 pixels
+    frequency = 2 * np.pi / uniform(5, 7)  # of stripes and checkers: 5 to 7 pixels
     wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
     pattern = np.stack([np.clip(0.5 + 0.5 * p / radius, 0, 1), 0.5 + 0.5 * np.tanh(3 * wave_p),
                         0.5 + 0.5 * np.tanh(3 * wave_p * wave_q), pixels[:, 0]])[texture, rows]
     base, contrast = colour(0.5, 0.9), uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
     image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
 
-    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.12      # something in front, and sensor noise
+    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.12  # something in front, and sensor noise
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -98,7 +100,7 @@ class Shapes(Dataset):
     def __init__(self, count, split, label_noise=0.0):
         self.images, self.labels = draw_shapes(count, split)
         draws = torch.from_numpy(np.random.default_rng([0, 2]).random((count, 2)))
-        guesses = (draws[:, 1] * (self.labels.max() + 1)).long()        # a wrong label may be right by chance
+        guesses = (draws[:, 1] * (self.labels.max() + 1)).long()  # a wrong label may be right by chance
         self.labels = torch.where(draws[:, 0] < label_noise, guesses, self.labels)
 
     def __len__(self):
@@ -108,64 +110,79 @@ class Shapes(Dataset):
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy()), int(self.labels[index])
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Opening a data set
 
 
-def open_data(name, root="data", train_size=4000, label_noise=0.0, only_val=False):
-    """Open the train and val splits of `shapes`, a folder, or a timm data set -> train, val, number of classes.
+class Images(NamedTuple):
+    """A data set: its two halves, its number of classes, their names in order (None where it does not tell)."""
+
+    train: Dataset
+    val: Dataset
+    classes: int
+    names: list
+
+    def counts(self):
+        return {"train": len(self.train), "val": len(self.val), "classes": self.classes}
+
+
+def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
+    """Open `shapes`, a folder, or a timm data set -> Images.
 
     name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that
     holds train/ and val/ with a folder a class, or a name that timm.data.create_dataset knows (torch/cifar100,
-    hfds/...), kept in `root` and downloaded if need be. With `only_val` a folder needs no train/, and may itself be
-    what val/ is otherwise; train is then val.
-    Raises ValueError or OSError, with what to do, for whatever cannot be used.
+    hfds/...), which is kept in the folder data/ and downloaded if need be. With `only_val` a folder needs no train/,
+    and may itself be what val/ is otherwise; train is then val. Raises ValueError or OSError for what cannot be used.
     """
     if name == "shapes":
-        return Shapes(train_size, "train", label_noise), Shapes(VAL_SIZE, "val"), len(SHAPES) * len(TEXTURES)
+        names = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
+        return Images(Shapes(train_size, "train", label_noise), Shapes(VAL_SIZE, "val"), len(names), names)
     if name.startswith(("torch/", "hfds/")):
-        try:
-            train, val = (create_dataset(name, root=root, split=split, is_training=split == "train", download=True)
-                          for split in ("train", "validation"))
-        except Exception as error:                                      # of as many kinds as there are back ends
-            raise ValueError(f"cannot open data set {name} in {root}: {' '.join(str(error).split())[:200]}") from error
-        return train, val, _count_classes(train)
+        return _open_timm(name)
+    halves = [Path(name) / "train", Path(name) / "val"]
     if only_val and Path(name).is_dir():
-        folder = Path(name) / "val" if (Path(name) / "val").is_dir() else Path(name)
-        val = _open_folder(folder)
-        if not len(val):
-            raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
-        return val, val, len(val.classes)
-    for split in ("train", "val"):
-        if not (Path(name) / split).is_dir():
+        halves = [halves[1] if halves[1].is_dir() else Path(name)]
+    for half in halves:
+        if not half.is_dir():
             raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
                              f"train/ and val/ with a folder of images for each class")
-    # A class without images is no mistake: it may keep its place among the 1000 of a teacher.
-    train, val = (_open_folder(Path(name) / split) for split in ("train", "val"))
-    for split, dataset in (("train", train), ("val", val)):
-        if not len(dataset):
-            raise ValueError(f"{name}/{split} holds no images: it wants a folder of .jpg, .png, ... for each class")
+    opened = [_open_folder(half) for half in halves]
+    train, val = opened[0], opened[-1]
     if train.classes != val.classes:
         raise ValueError(f"train/ and val/ of {name} differ in classes: "
                          f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
     if len(train.classes) < 2:
         raise ValueError(f"{name} has one class: there is nothing to tell apart")
-    return train, val, len(train.classes)
+    return Images(train, val, len(val.classes), val.classes)
 
 
 def _open_folder(folder):
     try:
-        return ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no class folders: it wants one of .jpg, .png, ... for each class") from error
+        dataset = ImageFolder(folder, allow_empty=True)  # an empty class keeps its place among a teacher's 1000
+    except FileNotFoundError:
+        dataset = ()
+    if not len(dataset):
+        raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
+    return dataset
 
 
-def class_names(dataset):
-    """The names of the classes by number, or None where the data set does not tell."""
-    if isinstance(dataset, Shapes):
-        return [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
-    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-    return getattr(dataset, "classes", None) or sorted(numbers, key=numbers.get) or None
+def _open_timm(name):
+    """A data set of timm.data.create_dataset. The first process of each node downloads while the others wait."""
+    wait = dist.barrier if dist.is_initialized() else int
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        wait()
+    try:
+        train, val = (create_dataset(name, root="data", split=split, is_training=split == "train", download=True)
+                      for split in ("train", "validation"))
+    except Exception as error:  # of as many kinds as there are back ends
+        raise ValueError(f"cannot open data set {name}: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        if first:
+            wait()
+    numbers = getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
+    names = getattr(train, "classes", None) or sorted(numbers, key=numbers.get) or None
+    return Images(train, val, len(names) if names else max(label for _, label in train) + 1, names)
 
 
 def first_size(dataset, skip_bad=False):
@@ -173,13 +190,7 @@ def first_size(dataset, skip_bad=False):
     return min(Samples(dataset, lambda image: image, skip_bad)[0, 0][0].size)
 
 
-def _count_classes(dataset):
-    """The class count of a timm data set, from its own list of classes if it has one, else from its labels."""
-    names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    return len(names) if names else max(label for _, label in dataset) + 1
-
-
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Which samples make up which batch
 
 
@@ -209,17 +220,18 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
     return np.split(keys, range(batch_size, len(keys), batch_size)) if len(keys) else []
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Loaders: images come to the device as bytes and become numbers there
 
 
 class Loader:
-    """What both kinds of loader share: `normalise`, uint8 [b, 3, S, S] -> float32 of the model's mean and std."""
+    """What both kinds share: `size`, images in all; `normalise`, uint8 [b, 3, S, S] -> float32 of the model's mean and
+    std."""
 
-    def __init__(self, mean, std, device, seed):
+    def __init__(self, size, mean, std, device, seed):
         self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
         self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
-        self.device, self.seed = device, seed
+        self.size, self.device, self.seed = size, device, seed
 
     def normalise(self, images):
         return images.float().mul_(self.scale).sub_(self.shift)
@@ -228,10 +240,10 @@ class Loader:
 class TensorLoader(Loader):
     """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
 
-    evaluates = 250                                                     # images a batch in evaluation
+    evaluation_batch = 250  # images
 
     def __init__(self, dataset, *, img_size, repeats, skip_bad, **common):
-        super().__init__(**common)
+        super().__init__(len(dataset), **common)
         self.images, self.labels = (x.to(self.device) for x in _as_tensors(dataset, img_size, skip_bad))
         self.repeats = repeats
 
@@ -242,7 +254,7 @@ class TensorLoader(Loader):
             draws = torch.rand(len(self.labels), self.repeats, 3, generator=generator).to(self.device)
         sizes = [len(keys) for keys in batches]
         keys = torch.from_numpy(np.concatenate([np.empty((0, 2), np.int64), *batches])).to(self.device)
-        for index, repeat in (part.unbind(1) for part in keys.split(sizes)):     # one copy an epoch, not one a batch
+        for index, repeat in (part.unbind(1) for part in keys.split(sizes)):  # one copy an epoch, not one a batch
             images = self.images[index]
             if epoch is not None:
                 images = pad_crop_flip(images, draws[index, repeat])
@@ -266,7 +278,7 @@ def pad_crop_flip(images, draws, padding=4):
     """
     down, right = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
     steps = torch.arange(images.shape[-1], device=images.device)
-    ys = down[:, None] + steps                                          # [b, S]
+    ys = down[:, None] + steps  # [b, S]
     xs = right[:, None] + torch.where(draws[:, 2:] < 0.5, steps.flip(0), steps)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     return F.pad(images, [padding] * 4)[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
@@ -277,17 +289,17 @@ def at_least_one_bit(level_to_arg, level, hparams):
     return (max(1, level_to_arg(level, hparams)[0]),)
 
 
-for _name in ("Posterize", "PosterizeIncreasing"):                      # no lambdas: spawned workers unpickle them
+for _name in ("Posterize", "PosterizeIncreasing"):  # no lambdas: spawned workers unpickle them
     auto_augment.LEVEL_TO_ARG[_name] = partial(at_least_one_bit, auto_augment.LEVEL_TO_ARG[_name])
 
 
 class StreamLoader(Loader):
     """One half, train or val, of a `Pool` of workers that decode and augment large images."""
 
-    evaluates = 64                                                      # 10 MB at 224 px, for a container's /dev/shm
+    evaluation_batch = 64  # 10 MB at 224 px, for a container's /dev/shm
 
     def __init__(self, pool, split, erasing=None, **common):
-        super().__init__(**common)
+        super().__init__(len(pool.loader.dataset.halves[split].dataset), **common)
         self.pool, self.split, self.erasing = pool, split, erasing
 
     def load(self, batches, epoch=None):
@@ -331,7 +343,7 @@ class Pool:
 
 def own_group(worker):
     """Leave the process group: a signal to all of it (Ctrl-C, torchrun) is the main process's to answer."""
-    if hasattr(os, "setpgrp"):                                          # not on Windows
+    if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
 
@@ -344,8 +356,14 @@ class Halves(Dataset):
     def __getitem__(self, key):
         split, epoch, index, repeat = key
         digest = hashlib.blake2s(repr((self.seed, epoch, index, repeat)).encode(), digest_size=4).digest()
-        seed = int.from_bytes(digest, "little")                         # seed_of is 0.1 ms slower: 2 % of an image
+        seed = int.from_bytes(digest, "little")  # seed_of is 0.1 ms slower: 2 % of an image
         return *self.halves[split][index, seed], seed
+
+
+def default_workers():
+    """This process's share of the machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class BadImage(ValueError):
@@ -363,14 +381,14 @@ class Samples(Dataset):
 
     def __getitem__(self, key):
         first, seed = key
-        random.seed(seed)                                               # timm's transforms draw from all three
+        random.seed(seed)  # timm's transforms draw from all three
         np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)                       # torch.manual_seed would ask every device
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every device
         for index in range(first, first + len(self.dataset)):
             try:
                 image, label = self.dataset[index % len(self.dataset)]
                 return self.transform(image if image.mode == "RGB" else image.convert("RGB")), label
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # what PIL raises
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
                 path = getattr(self.dataset, "samples", {index: (f"number {index}",)})[index % len(self.dataset)][0]
                 if not self.skip_bad:
                     raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or "
@@ -383,15 +401,15 @@ def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1,
     """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
 
     Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it, in
-    `workers` processes for both (0: in this one), which see one another's work only through the keys.
+    `workers` processes for both (0: in this one).
     """
     common = dict(mean=mean, std=std, device=device, seed=seed)
     if img_size < 64:
         return tuple(TensorLoader(dataset, img_size=img_size, repeats=repeats, skip_bad=skip_bad_images, **common)
                      for dataset in (train, val))
-    bytes_of = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True)
-    transforms = (bytes_of(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
-                  bytes_of(crop_pct=crop_pct))
+    as_bytes = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True)
+    transforms = (as_bytes(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
+                  as_bytes(crop_pct=crop_pct))
     halves = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]
     pool = Pool(halves, seed, workers, pin_memory=device.type == "cuda")
     erasing = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None

@@ -11,14 +11,13 @@ constructor's arguments are its command-line flags (name, type and default from 
 """
 import inspect
 import math
-import re
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Functions
 
 
@@ -29,9 +28,9 @@ def soft_kd_terms(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smoot
     """
     terms = {}
     if alpha < 1:
-        terms["ce"] = (1 - alpha) * F.cross_entropy(_full(logits_s), labels, label_smoothing=label_smoothing)
+        terms["ce"] = (1 - alpha) * F.cross_entropy(at_least_float32(logits_s), labels, label_smoothing=label_smoothing)
     if alpha > 0:
-        log_p_s, log_p_t = (F.log_softmax(_full(z) / tau, dim=-1) for z in (logits_s, logits_t))
+        log_p_s, log_p_t = (F.log_softmax(at_least_float32(z) / tau, dim=-1) for z in (logits_s, logits_t))
         terms["kd"] = alpha * tau ** 2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
     return terms
 
@@ -51,7 +50,7 @@ def spectral_loss(map_s, map_t):
     0..w/2, so it counts once the columns that the full one counts twice.
     """
     with _autocast_off(map_s):
-        # The FFT is linear: one transform of the difference instead of two.
+  # The FFT is linear: one transform of the difference instead of two.
         spectrum = torch.fft.rfft2(_difference(map_s, map_t), norm="ortho")
         return torch.view_as_real(spectrum).square().mean()
 
@@ -69,14 +68,14 @@ def _difference(map_s, map_t):
     """A_s - A_t [B, min(C_s, C_t), h, w] in float32 or better, the wider map average-pooled over its channels (C.1)."""
     _check_grids(map_s, map_t)
     channels = min(map_s.shape[1], map_t.shape[1])
-    return _pool_channels(_full(map_s), channels) - _pool_channels(_full(map_t), channels)
+    return _pool_channels(at_least_float32(map_s), channels) - _pool_channels(at_least_float32(map_t), channels)
 
 
 def _pool_channels(feature_map, channels):
     if feature_map.shape[1] == channels:
         return feature_map
-    tokens = feature_map.flatten(2).transpose(1, 2)                     # [B, N, C], the layout that ViTs keep anyway
-    if tokens.device.type == "mps":                                     # which pools only to widths that divide
+    tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C], the layout that ViTs keep anyway
+    if tokens.device.type == "mps":  # which pools only to widths that divide
         pooled = tokens @ _pooling_matrix(tokens.shape[2], channels).to(tokens)
     else:
         pooled = F.adaptive_avg_pool1d(tokens, channels)
@@ -88,7 +87,7 @@ def _pooling_matrix(width, channels):
     return F.adaptive_avg_pool1d(torch.eye(width), channels)
 
 
-def _full(x):
+def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -102,7 +101,7 @@ def _autocast_off(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Methods
 
 METHODS = {}
@@ -127,7 +126,7 @@ class NoKD(nn.Module):
     label_smoothing: share of each label that is spread over all classes
     """
 
-    needs_teacher, variant, first, last = False, "plain", 0, 0          # what a method wants by default
+    needs_teacher, variant, first, last = False, "plain", 0, 0  # what a method wants by default
 
     def __init__(self, channels=(), label_smoothing=0.1):
         """`channels`: (C_s, C_t) of each aligned layer pair. The other arguments are the method's flags."""
@@ -138,12 +137,12 @@ class NoKD(nn.Module):
     @classmethod
     def options(cls):
         """The constructor's arguments, those of its parents included: {name: (default, help)}. Each is a flag."""
-        kinds = cls.__mro__[:cls.__mro__.index(nn.Module)]
-        parameters = [p for kind in kinds if "__init__" in vars(kind)
-                      for p in inspect.signature(kind.__init__).parameters.values()]
-        helps = dict(re.findall(r"^ *(\w+): (.+)$", "\n".join(kind.__doc__ or "" for kind in reversed(kinds)), re.M))
-        return {p.name: (p.default, helps.get(p.name, "")) for p in reversed(parameters)
-                if p.kind is not p.VAR_KEYWORD and p.name not in ("self", "channels")}
+        options, helps = {}, {}
+        for kind in reversed(cls.__mro__):
+            helps.update(line.strip().split(": ", 1) for line in (kind.__doc__ or "").splitlines() if ": " in line)
+            options.update({p.name: p.default for p in inspect.signature(kind.__init__).parameters.values()
+                            if p.default is not p.empty and p.name != "channels"})
+        return {name: (default, helps.get(name, "")) for name, default in options.items()}
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
         """Labels [B], logits [B, K], maps: lists of [B, C, h, w], layer by layer -> {term: weighted scalar}."""
@@ -177,7 +176,7 @@ class FeatureKD(SoftKD):
     beta: weight of the feature term, which is not computed at 0
     """
 
-    first, last = 1, 1                                                  # the best row of DD Table 1
+    first, last = 1, 1  # the best row of DD Table 1
 
     def __init__(self, beta=0.2, **soft):
         super().__init__(**soft)
@@ -233,14 +232,14 @@ class ProjectorKD(FeatureKD):
         super().__init__(**feature)
         _require(norm in ("batch", "none"), f"norm {norm} is neither batch nor none")
         self.norm = norm
-        # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
+  # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
         self.projectors = nn.ModuleList(nn.Linear(c_s, c_t, bias=False) for c_s, c_t in self.channels if self.beta)
 
     def pair_loss(self, i, map_s, map_t):
         _check_grids(map_s, map_t)
         projected = self.projectors[i](map_s.movedim(1, -1)).movedim(-1, 1)
         with _autocast_off(map_s):
-            projected, map_t = _full(projected), _full(map_t)
+            projected, map_t = at_least_float32(projected), at_least_float32(map_t)
             if self.norm == "batch":
                 projected, map_t = _standardise(projected), _standardise(map_t)
             return F.mse_loss(projected, map_t)
@@ -266,8 +265,8 @@ class _MeanOfProcesses(torch.autograd.Function):
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
-    # Every process's loss depends on every process's x, through the mean. So the gradient of x is the mean over the
-    # processes of the gradients that arrive: the same computation.
+  # Every process's loss depends on every process's x, through the mean. So the gradient of x is the mean over the
+  # processes of the gradients that arrive: the same computation.
     backward = forward
 
 

@@ -3,21 +3,24 @@
 A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (the self-attention blocks), a stage of
 a Swin or ResNet. Its feature map is the raw output, before the final norm, without class or register tokens.
 """
+import argparse
 import contextlib
 import json
 import logging
-import math
+import os
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from timm.models import (Cait, VisionTransformer, build_model_with_cfg, generate_default_cfgs, load_state_dict,
                          register_model)
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------
+HERE = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------
 # Hooks
 
 
@@ -36,16 +39,16 @@ class HookedModel(nn.Module):
             if not 0 <= layer < len(model.feature_info):
                 raise ValueError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to "
                                  f"{len(model.feature_info) - 1}")
-            # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
+  # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
             module = model.get_submodule(model.feature_info[layer]["module"])
             module.register_forward_hook(partial(self._keep, layer))
-        own = resolve_model_data_config(model)
-        if mean is not None and (tuple(mean), tuple(std)) != (tuple(own["mean"]), tuple(own["std"])):
-            mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, own["mean"], own["std"]))
+        self.channels = [layer_widths(model)[layer] for layer in self.layers]
+        self.scale, own = None, statistics(model)
+        if mean is not None and dict(mean=tuple(mean), std=tuple(std)) != own:
+            mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, *own.values()))
+            del self.scale
             self.register_buffer("scale", std / own_std, persistent=False)
             self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
-        else:
-            self.scale = None
 
     def _keep(self, layer, module, args, output):
         self._maps[layer] = output
@@ -57,12 +60,23 @@ class HookedModel(nn.Module):
         return logits, [self._as_map(layer, self._maps.pop(layer), images) for layer in self.layers]
 
     def _as_map(self, layer, output, images):
-        if output.ndim == 4:                                            # Swin keeps channels last
+        if output.ndim == 4:  # Swin keeps channels last
             return output.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else output
         reduction = self.model.feature_info[layer]["reduction"]
         h, w = images.shape[-2] // reduction, images.shape[-1] // reduction
-        tokens = output[:, output.shape[1] - h * w:]                    # prefix tokens come first
-        return tokens.transpose(1, 2).unflatten(2, (h, w))              # [B, N, C] -> [B, C, h, w]
+        tokens = output[:, output.shape[1] - h * w:]  # prefix tokens come first
+        return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
+
+
+def layer_widths(model):
+    """The channels of each layer."""
+    return [info["num_chs"] for info in model.feature_info]
+
+
+def statistics(model):
+    """Mean and std that the model's images are normalised with."""
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    return {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
 
 
 def stages(model):
@@ -77,18 +91,23 @@ def choose_layers(first, last, depth):
     return sorted({*range(first), *range(depth - last, depth)})
 
 
-# ----------------------------------------------------------------------------------------------------
+def pair_layers(student, teacher, settings):
+    """The layers to align, student's and teacher's: lists typed by hand, or First X, Last Y of either's stages."""
+    layers_s, layers_t = settings.student_layers, settings.teacher_layers
+    if not layers_s and not layers_t:
+        layers_s, layers_t = ([layers[i] for i in choose_layers(settings.first, settings.last, len(layers))]
+                              for layers in map(stages, (student, teacher)))
+    for layers in (layers_s, layers_t):
+        if layers != sorted({*layers}):
+            raise ValueError(f"layers {layers} must ascend without repeats: they are paired in order")
+    if len(layers_s) != len(layers_t) or not layers_s:
+        raise ValueError(f"student layers {layers_s} and teacher layers {layers_t} cannot be paired: give as many of "
+                         f"each, and at least one (or --beta 0)")
+    return layers_s, layers_t
+
+
+# ----------------------------------------------------------------------
 # Student variants (EM)
-
-VARIANTS = {}
-
-
-def variant(name):
-    def register(build):
-        VARIANTS[name] = build
-        return build
-    return register
-
 
 def _create(name, **kwargs):
     try:
@@ -97,7 +116,7 @@ def _create(name, **kwargs):
             raise LookupError("it has no layers")
         return model
     except (RuntimeError, TypeError, AssertionError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"cannot build {name}: {_one_line(error)}") from error
+        raise ValueError(f"cannot build {name}: {one_line(error)}") from error
 
 
 def _vit(name, **kwargs):
@@ -107,22 +126,19 @@ def _vit(name, **kwargs):
     return model
 
 
-@variant("plain")
 def plain(name, teacher_width=None, **kwargs):
     return _create(name, **kwargs)
 
 
-@variant("lifted")
 def lifted(name, teacher_width, **kwargs):
     """EM Lift: the last block's tokens go through Linear(C_s -> C_t, no bias) and LayerNorm. The lifted map is
     the last layer's feature map and stays at inference: the classifier reads the mean over its patch tokens."""
     model = _vit(name, global_pool="avg", fc_norm=False, **kwargs)
     model.blocks[-1] = nn.Sequential(model.blocks[-1], *_lift(model.embed_dim, teacher_width))
-    model.norm = nn.Identity()                                          # the lift has brought its own
+    model.norm = nn.Identity()  # the lift has brought its own
     return _widen_head(model, teacher_width)
 
 
-@variant("widened")
 def widened(name, teacher_width, **kwargs):
     """EM WideLast: the last block is as wide as the teacher, entered through Linear(C_s -> C_t, no bias) and
     LayerNorm, with heads of the same size; the final norm and the classifier are as wide."""
@@ -136,6 +152,9 @@ def widened(name, teacher_width, **kwargs):
     return _widen_head(model, teacher_width)
 
 
+VARIANTS = {"plain": plain, "lifted": lifted, "widened": widened}
+
+
 def _lift(width, teacher_width):
     return nn.Linear(width, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
 
@@ -146,7 +165,7 @@ def _widen_head(model, width):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # Building
 
 
@@ -166,7 +185,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         raise ValueError(f"a {variant} student needs the width of a teacher's last layer")
     pretrained_cfg = timm.get_pretrained_cfg(name)
     size = dict(input_size=(3, img_size, img_size)) if img_size else {}  # for timm's transforms
-    if img_size and pretrained_cfg.fixed_input_size:                    # CNNs take any size and have no such argument
+    if img_size and pretrained_cfg.fixed_input_size:  # CNNs take any size and have no such argument
         timm_kwargs["img_size"] = img_size
     create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes,
                      pretrained_cfg_overlay=size, **timm_kwargs)
@@ -181,12 +200,12 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
                 model = create()
                 model.load_state_dict(state)
             else:
-                # By way of timm's own loader, which adapts published formats and position embeddings.
+  # By way of timm's own loader, which adapts published formats and position embeddings.
                 overlay = dict(state_dict=state, num_classes=found[0] if found else num_classes, **size)
                 model = create(pretrained=True, num_classes=overlay["num_classes"], pretrained_cfg_overlay=overlay)
-        except Exception as error:                                      # whatever a foreign file makes timm stumble on
-            raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state, name)}: "
-                             f"{_one_line(error)}") from error
+        except Exception as error:  # whatever a foreign file makes timm stumble on
+            raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}: "
+                             f"{one_line(error)}") from error
         if found and found[0] != num_classes:
             raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
                              f"use a checkpoint trained on this data, or --teacher-head random")
@@ -210,33 +229,23 @@ def _classifiers(name):
 
 
 def _from_hub(name, create):
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # one line of ours instead of its many
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours instead of its many
     try:
         return create(pretrained=True)
-    except Exception as error:                                          # hub, network and cache errors of many kinds
+    except Exception as error:  # hub, network and cache errors of many kinds
         raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
-                         f"instead): {_one_line(error)}") from error
+                         f"instead): {one_line(error)}") from error
 
 
-# By (class attention, width, depth): what a file of weights most likely belongs to.
-LIKELY = {(False, 48, 12): "deit_toy_patch8_32", (False, 192, 12): "deit_tiny_patch16_224",
-          (False, 384, 12): "deit_small_patch16_224", (False, 768, 12): "deit_base_patch16_224",
-          (False, 1024, 24): "vit_large_patch16_224", (True, 96, 12): "cait_toy_patch8_32",
-          (True, 192, 24): "cait_xxs24_224", (True, 288, 24): "cait_xs24_224", (True, 384, 24): "cait_s24_224"}
-
-
-def _hint(state, name):
-    """What a file that does not fit tells about itself, and the model or image size that would fit."""
+def _hint(state):
+    """What a file says of itself, for the message that it does not fit."""
     if not {"pos_embed", "patch_embed.proj.weight"} <= {*state}:
         return ""
-    position, patch = state["pos_embed"], state["patch_embed.proj.weight"]
-    cait = any("token_only" in key for key in state)
-    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    size = math.isqrt(position.shape[1]) * patch.shape[-1]              # less a class token, if there is one
+    positions, width = state["pos_embed"].shape[1:]
+    size = int(positions ** 0.5) * state["patch_embed.proj.weight"].shape[-1]  # less a class token, if there is one
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     classes = f"{len(state['head.weight'])} classes, " if "head.weight" in state else ""
-    likely = LIKELY.get((cait, position.shape[2], len(blocks)))
-    fits = f"try --img-size {size}" if likely == name else f"try {likely}" if likely else "try the model that it is of"
-    return f" but a model of {classes}width {position.shape[2]}, depth {len(blocks)}, {size} px: {fits}"
+    return f" but a model of {classes}width {width}, depth {depth}, {size} px"
 
 
 @torch.no_grad()
@@ -253,12 +262,12 @@ def start_from(model, name, source, img_size, variant="plain"):
         file = Path(source) / "student.safetensors" if Path(source).is_dir() else Path(source)
         state = read_weights(file)
         classes = [len(state[f"{c}weight"]) for c in _classifiers(name) if f"{c}weight" in state]
-        with contextlib.suppress(ValueError):                           # else as it is: cut, grown, or without a head
+        with contextlib.suppress(ValueError):  # else as it is: cut, grown, or without a head
             state = build_model(name, num_classes=(classes or [0])[0], img_size=img_size, weights=file).state_dict()
     own, taken = model.state_dict(), {}
     last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
     for key, value in own.items():
-        # A lifted student's last block is the first part of a sequence.
+  # A lifted student's last block is the first part of a sequence.
         origin = key.replace(f"{last}0.", last) if variant == "lifted" and key not in state else key
         if origin in state and state[origin].shape == value.shape and state[origin].isfinite().all():
             value.copy_(state[origin])
@@ -267,7 +276,7 @@ def start_from(model, name, source, img_size, variant="plain"):
     count = lambda keys: sum(own[key].numel() for key in keys)
     possible = min(count(own), sum(value.numel() for value in state.values()))
     if count(own) - count(new) < possible / 2:
-        raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state, name)}")
+        raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state)}")
     placed = {*taken.values()}
     left = [key for key in state if key not in placed]
     head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
@@ -289,11 +298,11 @@ def load_student(run, file="student.safetensors", trained=True):
     if not path.is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     if settings["variant"] != "plain":
-        width = read_weights(path)["head.weight"].shape[1]              # of the teacher, whose last layer it has
+        width = read_weights(path)["head.weight"].shape[1]  # of the teacher, whose last layer it has
     model = build_model(settings["student"], num_classes=classes, img_size=settings["img_size"],
                         variant=settings["variant"], teacher_width=width, weights=path if trained else None,
                         **settings["student_kwargs"] or {})
-    if settings["img_size"] >= 64:                                      # timm's transforms then see what validation saw
+    if settings["img_size"] >= 64:  # timm's transforms then see what validation saw
         model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
     return model
 
@@ -303,7 +312,7 @@ def read_config(run):
     try:
         return json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{run} is not the folder of a run: {_one_line(error)}") from error
+        raise ValueError(f"{run} is not the folder of a run: {one_line(error)}") from error
 
 
 def check_pretrained_classes(name, num_classes, random_head=False):
@@ -315,20 +324,96 @@ def check_pretrained_classes(name, num_classes, random_head=False):
 
 
 def read_weights(path):
-    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one."""
+    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one.
+
+    A relative path is looked up in the working folder, then beside this file, where the embedded teacher lies.
+    """
     try:
-        return load_state_dict(path, use_ema=False, weights_only=True)
+        return load_state_dict(path if Path(path).exists() else HERE / path, use_ema=False, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights file at {path}") from None
-    except Exception as error:                                          # cut short, foreign, or a pickle with code
-        raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {_one_line(error)}") from error
+    except Exception as error:  # cut short, foreign, or a pickle with code
+        raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {one_line(error)}") from error
 
 
-def _one_line(error):
-    return " ".join(str(error).split())[:200]
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# ----------------------------------------------------------------------------------------------------
+def key_value(text):
+    """The argparse type of what timm's ParseKwargs takes apart."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return text
+
+
+# ----------------------------------------------------------------------
+# Teachers
+
+
+def build_teacher(name, source, *, num_classes, img_size, random_head=False, needed=True, blank=False, **timm_kwargs):
+    """The teacher with the weights of a file, of a run's folder, of timm, or random ones: if `source` says so, if only
+    its shape is `needed`, or all is to be `blank`."""
+    blank = blank or not needed or source == "random"
+    if Path(source or "random").is_dir():
+        return load_student(source, trained=not blank)
+    if needed and not source:
+        check_pretrained_classes(name, num_classes, random_head)
+    return build_model(name, num_classes=num_classes, img_size=img_size, random_head=random_head, **timm_kwargs,
+                       pretrained=not blank and not source, weights=None if blank else source)
+
+
+def taught_by(source):
+    """If a teacher's weights are a run's folder: what its config.json says of the teacher, else nothing."""
+    if not Path(source or "random").is_dir():
+        return {}
+    settings = read_config(source)["settings"]
+    return {"teacher": settings["student"], "teacher_kwargs": settings["student_kwargs"] or {},
+            "img_size": settings["img_size"]}
+
+
+def native_size(name):
+    """The image size of a timm model as a setting, if there is such a model."""
+    return {"img_size": timm.get_pretrained_cfg(name).input_size[-1]} if name and timm.is_model(name) else {}
+
+
+# ----------------------------------------------------------------------
+# Devices
+
+
+def choose_device(name=None):
+    """The device of this process: the one asked for, else cuda, else mps, else cpu. Raises ValueError if there is none."""
+    processes, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.is_available()
+    mps = int(torch.backends.mps.is_available())
+    name = name or ("cuda" if cuda else "mps" if mps and processes == 1 else "cpu")
+    count = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": mps, "cpu": processes}[name]
+    if processes > count:
+        raise ValueError(f"{processes} processes want a {name.upper()} device each and there are {count}: "
+                         f"lower --nproc_per_node, leave --device out, or --device cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def default_amp(device, img_size):
+    """bfloat16 from 64 px where the device computes in it (T4 and V100 only emulate it); below it slows the student."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {*cpu_info("flags").split()}
+    return "both" if native and img_size >= 64 else "off"
+
+
+def cpu_info(key):
+    """A line of Linux's /proc/cpuinfo, or "" elsewhere."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").split(f"\n{key}")[1].split("\n")[0].strip("\t: ")
+    return ""
+
+
+# ----------------------------------------------------------------------
 # The toy pair: 12 layers each, 32 x 32 pixels in patches of 8 x 8, hence 4 x 4 tokens; the teacher is twice as wide
 
 _toy_cfg = dict(num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, mean=(0.5, 0.5, 0.5),
@@ -339,8 +424,8 @@ default_cfgs = generate_default_cfgs({"cait_toy_patch8_32": _toy_cfg, "deit_toy_
 def _toy(model_class, name, pretrained, **kwargs):
     model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=dict(feature_cls="getter"), **kwargs)
     if not pretrained:
-        # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
-        # signal would all but vanish in the blocks, and a short training would be over before it came back.
+  # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
+  # signal would all but vanish in the blocks, and a short training would be over before it came back.
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -1,0 +1,142 @@
+"""Where the time of a training goes, and how long it would take.
+
+    python results/speed.py --method projector --updates 30 >> results/speed.jsonl      # any flags of train_kd.py
+
+Times a configuration of train_kd.py with random weights: an update and its parts on images in memory, in turn, then
+updates with the real loader. The *floor* is what no KD training can do without: the teacher's forward, the student's
+forward and backward pass, one optimizer step. For people on stderr, as a line of JSON on stdout.
+"""
+import contextlib
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import models
+import train_kd
+from train_kd import RANK, WORLD
+
+
+def time_parts(run, classes, updates):
+    """Median ms of an update and its parts on images in memory."""
+    settings, accum = run.settings, run.settings.accum
+    size = settings.batch_size // WORLD // accum
+    images = torch.randn(size, 3, settings.img_size, settings.img_size, device=run.device)
+    labels = torch.randint(classes, (size,), device=run.device)
+    in_memory = itertools.repeat((images, labels))
+
+    @torch.no_grad()
+    def teach():
+        with run.autocast("teacher"):
+            return run.teacher(images) if run.teacher else ()
+
+    def study():
+        with run.autocast("student"):
+            logits, maps = run.student(images)
+        F.cross_entropy(logits, labels).backward()
+        return logits, maps
+
+    taught, (logits, maps) = teach(), study()
+    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
+
+    def compare():
+        with run.autocast("student"):
+            terms = run.distiller.method(labels, logits, maps, *taught)
+        sum(terms.values()).backward()
+
+    def floor():
+        for _ in range(accum):
+            teach()
+            study()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    parts = {"step": (lambda: train_kd.update(run, in_memory), 1), "floor": (floor, 1), "teacher": (teach, accum),
+             "student": (study, accum), "losses": (compare, accum)}
+    rounds = [{part: timed(run.device, *work) for part, work in parts.items()}  # in turn: a drift meets all of them
+              for _ in range(updates + 1)][1:]  # the first warms up
+    return {part: float(np.median([each[part] for each in rounds])) for part in parts}
+
+
+def time_loader(run, updates):
+    """Mean ms that an update waits for the real loader, mean ms of the update itself, and the images/s that one core
+    decodes and augments (None where the images are in memory)."""
+    settings, loader = run.settings, run.train_loader
+    keys = data.training_batches(loader.size, settings.batch_size, seed=0, epoch=0, repeats=settings.repeats,
+                                 accum=settings.accum, rank=RANK, world=WORLD)
+    stream = itertools.chain.from_iterable(loader.load(keys, epoch) for epoch in itertools.count())
+    waits, steps = [], []
+    for _ in range(updates + 1):
+        fetched = []
+        waits.append(timed(run.device, lambda: fetched.append(next(stream)), settings.accum))
+        steps.append(timed(run.device, lambda: train_kd.update(run, iter(fetched))))
+    decoded = None
+    if isinstance(loader, data.StreamLoader):
+        samples = [(0, 0, *key) for key in np.concatenate(keys)[:64].tolist()]
+        decoded = 1000 * len(samples) / timed(run.device, lambda: [loader.pool.loader.dataset[key] for key in samples])
+    return np.mean(waits[1:]), np.mean(steps[1:]), decoded  # the first starts the workers
+
+
+def timed(device, work, times=1):
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began)
+
+
+def peak_memory(device):
+    """GB: of the device if it keeps count, else of the process; None where neither is known (Windows)."""
+    with contextlib.suppress(ImportError):
+        if device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def main(argv=None):
+    parser = train_kd.make_parser()
+    parser.add_argument("--updates", type=int, default=10, help="to time")
+    defaults, typed = train_kd.read_flags(parser, [*(sys.argv[1:] if argv is None else argv), "--dry-run"])
+    try:
+        device = models.choose_device(typed.get("device"))
+        train_kd.connect(device)
+        settings, images = train_kd.resolve(defaults, typed, device)
+        teacher, distiller, statistics = train_kd.build(settings, images.classes)
+        loaders = train_kd.make_loaders(settings, images, statistics, device)
+        run = train_kd.Run(settings, device, teacher and teacher.to(device), distiller.to(device), loaders)
+        ms = time_parts(run, images.classes, settings.updates)
+        ms["loader"], step, decoded = time_loader(run, settings.updates)
+    except (ValueError, OSError) as error:
+        train_kd.fail(error)
+    loop, in_memory = ms["loader"] + step, 1000 * settings.batch_size / ms["step"]
+    hours = loop / 3.6e6 * run.steps * settings.epochs
+    result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
+              "step_to_floor": round(ms["step"] / ms["floor"], 3), "images_per_s_in_memory": round(in_memory, 1),
+              "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": peak_memory(device),
+              "training_hours": round(hours, 5), "loader_images_per_s_a_core": decoded and round(decoded, 1),
+              "cores_for_the_step": decoded and round(in_memory / decoded, 2),
+              **{key: getattr(settings, key) for key in ("updates", "batch_size", "img_size", "amp", "compile")},
+              "processes": WORLD, "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else models.cpu_info("model name")}
+    if RANK == 0:
+        print(", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items()),
+              f"\nstep / floor {result['step_to_floor']}, {result['images_per_s']} images/s; {settings.epochs} epochs "
+              f"of {run.train_loader.size:,} images: {hours:.2f} hours here, without validation", file=sys.stderr)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -322,14 +322,11 @@ def test_hooked_model_has_its_own_statistics():
     torch.testing.assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("name, size, options, backend", [
-    ("deit_toy_patch8_32", 32, dict(depth=1), "aot_eager"),
-    ("cait_toy_patch8_32", 32, dict(depth=1, depth_token_only=1), "aot_eager"),
-    ("swin_tiny_patch4_window7_224", 56, dict(depths=(1, 1), num_heads=(2, 4), embed_dim=16, drop_path_rate=0),
-     "aot_eager"),
-    pytest.param("deit_toy_patch8_32", 32, dict(depth=1), "inductor",
-                 marks=pytest.mark.skipif("SLOW" not in os.environ, reason="40 s, and wants a C++ compiler: SLOW=1"))])
-def test_hooked_model_compiles_to_one_graph(name, size, options, backend):
+@pytest.mark.parametrize("name, size, options", [
+    ("deit_toy_patch8_32", 32, dict(depth=1)),
+    ("cait_toy_patch8_32", 32, dict(depth=1, depth_token_only=1)),
+    ("swin_tiny_patch4_window7_224", 56, dict(depths=(1, 1), num_heads=(2, 4), embed_dim=16, drop_path_rate=0))])
+def test_hooked_model_compiles_to_one_graph(name, size, options):
     """Student and teacher, hooks included: no graph break, no second compilation, the same maps and gradients."""
     model = timm.create_model(name, num_classes=5, img_size=size, **options)
     model = models.HookedModel(model, range(options.get("depth", 2)))
@@ -347,7 +344,7 @@ def test_hooked_model_compiles_to_one_graph(name, size, options, backend):
 
     expected = [run(images) for images in batches]
     for each in (model, teacher):
-        each.compile(fullgraph=True, dynamic=False, backend=backend)
+        each.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     found = [run(batches[0])]
     with torch.compiler.set_stance("fail_on_recompile"):
         found.append(run(batches[1]))
@@ -367,19 +364,6 @@ def test_choose_layers_equals_the_released_lists():
 def test_build_model_has_the_published_parameter_counts(variant, count):
     model = models.build_model("deit_tiny_patch16_224", num_classes=1000, variant=variant, teacher_width=384)
     assert sum(p.numel() for p in model.parameters()) == count
-
-
-def test_build_model_without_the_hub(monkeypatch):
-    create = timm.create_model
-
-    def offline(name, pretrained=False, **kwargs):
-        if pretrained:
-            raise OSError("no route to the hub")
-        return create(name, **kwargs)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match="local file"):
-        models.build_model("resnet18", num_classes=1000, pretrained=True)
 
 
 @pytest.mark.parametrize("variant, classes, new", [
@@ -642,25 +626,16 @@ def test_update_stays_on_the_device(method, amp, fake_cuda):
 
 
 def test_update_on_fake_cuda_finds_what_it_should(fake_cuda):
-    def on_the_cpu(run):
-        run.distiller.register_forward_pre_hook(lambda module, args: (args[0] + torch.zeros(8, 3, 32, 32), *args[1:]))
-
-    def waits(run):
-        run.distiller.register_forward_hook(lambda module, args, output: output[0].sum().item())
-
-    with pytest.raises(RuntimeError, match="cpu"):
-        fake_cuda("--method", "spectral", plant=on_the_cpu)
-    with pytest.raises(Exception, match="_local_scalar_dense"):
-        fake_cuda("--method", "spectral", plant=waits)
+    for planted, word in ((lambda module, args, output: output[0] + torch.zeros(8, 20), "cpu"),
+                          (lambda module, args, output: output[0].sum().item(), "_local_scalar_dense")):
+        with pytest.raises(Exception, match=word):
+            fake_cuda("--method", "spectral", plant=lambda run: run.distiller.register_forward_hook(planted))
 
 
 def test_make_parser_knows_a_new_method(tmp_path, monkeypatch, capsys):
     """Flag, help, and place in config.json follow from the constructor: nothing outside losses.py names `power`."""
     class Powered(losses.FeatureKD):
-        """L_KD + beta mean |mean A_s - mean A_t|^power.
-
-        power: the exponent of the difference
-        """
+        """power: the exponent of the difference"""
         name, term = "powered", "powered"
 
         def __init__(self, power=2, signed=True, **feature):
@@ -671,16 +646,13 @@ def test_make_parser_knows_a_new_method(tmp_path, monkeypatch, capsys):
             return (map_s.mean((1, 2, 3)) - map_t.mean((1, 2, 3))).abs().pow(self.power).mean()
 
     monkeypatch.setitem(losses.METHODS, "powered", Powered)
-    with pytest.raises(SystemExit):
-        train_kd.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(train_kd.make_parser().format_help().split())
     assert "--power" in shown and "the exponent of the difference (powered 2)" in shown
-    train(tmp_path / "default", *TINY, "--epochs", "1", "--method", "powered")
-    train(tmp_path / "given", *TINY, "--epochs", "1", "--method", "powered", "--power", "3", "--no-signed")
-    settings = [models.read_config(tmp_path / name)["settings"] for name in ("default", "given")]
+    runs = [train(tmp_path / "default", *TINY, "--epochs", "1", "--method", "powered"),
+            train(tmp_path / "given", *TINY, "--epochs", "1", "--method", "powered", "--power", "3", "--no-signed")]
+    settings = [models.read_config(run)["settings"] for run in runs]
     assert [(each["power"], each["signed"]) for each in settings] == [(2, True), (3, False)]
-    logs = [log_of(tmp_path / name) for name in ("default", "given")]
-    assert "powered" in logs[0][0]["terms"] and logs[0] != logs[1]
+    assert "powered" in log_of(runs[0])[0]["terms"] and log_of(runs[0]) != log_of(runs[1])
     for words in (["--method", "powered", "--power", "2.5"], ["--method", "soft", "--power", "3"]):
         with pytest.raises(SystemExit, match="2"):
             train_kd.main([*words, "--dry-run"])
@@ -837,8 +809,9 @@ def test_maps_leave_mps():
 
 def test_measure_streams(tmp_path, monkeypatch):
     """What main writes does not depend on the batches, and equals the metrics of all images at once."""
-    flags = ["--models", "deit_toy_patch8_32=random", "--images", "7", "--model-kwargs", "depth=2", "embed_dim=24",
-             "--no-controls", "--entropy-range", "global", "layer"]
+    model = "deit_toy_patch8_32=random"
+    flags = ["--models", model, "--images", "7", "--model-kwargs", "depth=2", "embed_dim=24", "--no-controls",
+             "--entropy-range", "global", "layer"]
     for size in (2, 7):
         analyze.main([*flags, "--batch-size", str(size), "--out", str(tmp_path / str(size))])
         monkeypatch.setattr(analyze, "draw_all", lambda *args: None)  # once is enough
@@ -847,7 +820,7 @@ def test_measure_streams(tmp_path, monkeypatch):
             for end in ("png", "csv")} | {"summary.md"} <= names
     for name in ("entropy", "magnitude", "spectra", "sep"):
         tables = [[line.split(",") for line in (tmp_path / size / f"{name}.csv").read_text().splitlines()[1:]
-                   if line.startswith("deit_toy_patch8_32=random,")] for size in ("2", "7")]
+                   if line.startswith(model)] for size in ("2", "7")]
         assert [float(row[-1]) for row in tables[0]] == pytest.approx([float(row[-1]) for row in tables[1]], rel=1e-4)
     args = analyze.make_parser().parse_args(flags)
     subject, load = analyze.open_subjects(args, CPU)[0], analyze.open_images("shapes", 7, 0)
@@ -855,7 +828,7 @@ def test_measure_streams(tmp_path, monkeypatch):
         maps = subject.maps(0, torch.stack([subject.transform(get()) for get in load]))
     lo, hi = min(A.min() for A in maps).item(), max(A.max() for A in maps).item()
     rows = [line.split(",") for line in (tmp_path / "7" / "entropy.csv").read_text().splitlines()]
-    ours = [float(row[-1]) for row in rows if row[0] == "deit_toy_patch8_32=random" and row[3] == "global"]
+    ours = [float(row[-1]) for row in rows if row[0] == model and row[3] == "global"]
     assert ours == pytest.approx([analyze.entropy_map(A, lo, hi).mean().item() for A in maps], rel=1e-5)
 
 
@@ -914,14 +887,6 @@ def test_evolution_of_two_runs(tmp_path):
     assert (tmp_path / "evolution.png").exists() and (tmp_path / "evolution_layer.png").exists()
 
 
-def test_load_image_refuses_what_is_too_large(tmp_path, capsys):
-    (tmp_path / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
-    with pytest.raises(SystemExit, match="2"):
-        analyze.main(["--models", "deit_toy_patch8_32=random", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    line = capsys.readouterr().err
-    assert line.startswith("error: cannot read image") and "bomb.ppm" in line and line.count("\n") == 1
-
-
 # ----------------------------------------------------------------------
 # results/*.py
 
@@ -931,27 +896,25 @@ def epochs(*top1, **terms):
 
 
 def test_study_is_kept_in_one_file(tmp_path, capsys):
-    """study.jsonl yields the table and the figures again without the folders; newer folders replace and add lines."""
-    runs = tmp_path / "runs"
+    """study.jsonl yields table and figures again without the folders; newer folders replace and add lines."""
+    runs, record = tmp_path / "runs", tmp_path / "out" / "study.jsonl"
+
+    def gather(source):
+        study.main([str(source), "--out", str(record.parent)])
+        return capsys.readouterr().out
+
     for seed in (0, 1):
         make_run(runs / f"soft-{seed}", log=epochs(50, 80 + seed), seed=seed)
         for beta in (0.2, 5.0):
             make_run(runs / f"mse-beta{beta}-{seed}", "spectral", epochs(50, 80 + beta, mse=beta), seed, beta=beta,
                      layers=[1])
     make_run(runs / "unfinished-0", log=epochs(50), epochs=2)
-    (runs / "no-run").mkdir()
-
-    def gather(source):
-        study.main([str(source), "--out", str(tmp_path / "out")])
-        return capsys.readouterr().out
-
-    said, record = gather(runs), tmp_path / "out" / "study.jsonl"
+    said = gather(runs)
     assert "| soft | 2 | 80.00 81.00 | 80.50 +- 0.71 |" in said and "unfinished" not in said and said.isascii()
-    assert {*os.listdir(tmp_path / "out")} == {"study.jsonl", "study.png", "dose.png"}
+    assert {*os.listdir(record.parent)} == {"study.jsonl", "study.png", "dose.png"}
     first, *lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
     assert first["common"]["student"] == "deit_toy_patch8_32" and "beta" not in first["common"]
-    assert lines[-1]["settings"] == {"method": "soft"} and lines[0]["settings"] == {"method": "spectral", "beta": 0.2}
-    assert lines[0]["terms"] == {"kd": [1.2346, 1.2346], "mse": [0.2, 0.2]} and lines[0]["top1"] == [50, 80.2]
+    assert lines[0]["settings"] == {"method": "spectral", "beta": 0.2} and lines[0]["top1"] == [50, 80.2]
     kept = record.read_bytes()
     shutil.rmtree(runs)
     assert gather(record.parent) == said and record.read_bytes() == kept
@@ -960,11 +923,8 @@ def test_study_is_kept_in_one_file(tmp_path, capsys):
     for seed in (0, 1):  # another setup: what do both have in common?
         make_run(runs / f"new-{seed}", log=epochs(1, 2), seed=seed, lr=3)
         make_run(runs / f"new-mse-{seed}", "spectral", epochs(1, 3, mse=1), seed, lr=3, beta=5.0, layers=[1])
-        make_run(runs / f"newer-lifted-{seed}", "spectral", epochs(1, 9, mse=1), seed, lr=3, beta=5.0, layers=[1],
-                 variant="lifted")
     said = gather(runs)
-    assert "| soft | 2 | 80.00 90.00 |" in said and "| new | 2 | 2.00 2.00 |" in said and "| mse-beta5.0 | 2 |" in said
-    assert len(record.read_text(encoding="utf-8").splitlines()) == 13 and (tmp_path / "out" / "gains.png").exists()
+    assert "| soft | 2 | 80.00 90.00 |" in said and "| mse-beta5.0 | 2 |" in said and (record.parent / "gains.png").exists()
     gains = study.gains_over_soft(study.by_setup([*study.read_study(record).values()]))
     assert [*gains] == [("mse, layer 2", 5)] and [*gains["mse, layer 2", 5].values()] == [(0, 5), (1, 0)]
 
@@ -1003,128 +963,104 @@ def world(tmp_path_factory, small_val):
 
     for split in ("train", "val"):
         images(f"good/{split}", "abc")
+        images(f"bomb/{split}", "ab")
         images(f"corrupt/{split}", "abc", broken=split == "train")
         images(f"differ/{split}", "ab" if split == "train" else "ac")
         images(f"single/{split}", "a")
-        (root / "classless" / split).mkdir(parents=True)
-    images("no_val/train", "ab")
     images("no_train/val", "ab")
-    for folder in ("empty", "hollow/train/a", "hollow/val/a", "norun"):
+    for folder in ("empty", "norun"):
         (root / folder).mkdir(parents=True)
     images("flat", "a", broken=True)
     (root / "file").write_text("not a folder")
-    (root / "garbage.pth").write_bytes(b"\x80\x02garbage")
     (root / "cut.safetensors").write_bytes((HERE / "weights/cait_toy_shapes.safetensors").read_bytes()[:5000])
     torch.save({"a": torch.zeros(1)}, root / "other.pth")
     state = models.read_weights(HERE / "weights/cait_toy_shapes.safetensors")
     torch.save({key: value * float("nan") for key, value in state.items()}, root / "nan.pth")
-    for folder in ("bomb/train/a", "bomb/val/a"):  # 40,000 x 40,000 pixels in a few bytes
-        (root / folder).mkdir(parents=True)
-        header = b"IHDR" + (40000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-        (root / folder / "0.png").write_bytes(
-            b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") +
-            bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
-    (root / "bomb/train/b").mkdir()
-    (root / "bomb/val/b").mkdir()
+    header = b"IHDR" + (40000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])  # 40,000 x 40,000 pixels in a few bytes
+    for path in (root / "bomb").glob("*/*/0.png"):
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") +
+                         bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
     for epoch, name in ((1, "run"), (2, "two")):
         train(root / name, *TINY, "--method", "none", "--epochs", epoch)
-    for name in ("cutrun", "foreign"):
-        shutil.copytree(root / "run", root / name)
+    shutil.copytree(root / "run", root / "cutrun")
     (root / "cutrun" / "last.pt").write_bytes((root / "run" / "last.pt").read_bytes()[:-3000])
-    torch.save({"something": 1}, root / "foreign" / "last.pt")
     return root
 
 
-TRAIN_MISTAKES = {  # flags, and a word that the line must hold
-    "method": ("--method nope", "nope"),
-    "student": ("--student nope", "nope"),
-    "flag": ("--nope 1", "--nope"),
-    "no folder": ("--data {0}/absent", "absent"),
-    "no train": ("--data {0}/no_train", "train/"),
-    "no val": ("--data {0}/no_val", "val/"),
-    "classes differ": ("--data {0}/differ --method none", "differ in classes"),
-    "corrupt": ("--data {0}/corrupt --method none --batch-size 2", "0.png"),
-    "no teacher for the data": ("--data {0}/good --batch-size 2", "--teacher-weights"),
-    "teacher of other classes": ("--data {0}/good --teacher-weights weights/cait_toy_shapes.safetensors --batch-size 2",
-                                 "20 classes"),
-    "layer out of range": ("--student-layers 0 12 --teacher-layers 0 1", "out of range"),
-    "unequal lists": ("--student-layers 0 1 --teacher-layers 0", "cannot be paired"),
-    "repeated": ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
-    "lists and first": ("--student-layers 1 --teacher-layers 1 --first 1", "--first"),
-    "first too large": ("--first 13", "13"),
-    "no layers": ("--first 0 --last 0", "cannot be paired"),
-    "grids": ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "same patch grid"),
-    "alpha nan": ("--alpha nan", "nan"),
-    "lr inf": ("--lr inf", "inf"),
-    "batch": ("--batch-size 65", "--batch-size"),
-    "accum": ("--accum 3", "does not divide"),
-    "epochs float": ("--epochs 1.5", "1.5"),
-    "image size": ("--img-size 36", "36"),
-    "no weights": ("--teacher-weights {0}/absent.pth", "absent.pth"),
-    "cut weights": ("--teacher-weights {0}/cut.safetensors", "cut.safetensors"),
-    "other weights": ("--teacher-weights {0}/other.pth", "other.pth"),
-    "idle loss": ("--method projector --feature-loss mse", "--feature-loss"),
-    "idle augmentation": ("--color-jitter 0.1", "--color-jitter"),
-    "variant of a CNN": ("--student resnet18 --variant lifted --img-size 32", "resnet18"),
-    "exists": ("--out {0}/run", "--resume"),
-    "out is a file": ("--method none --out {0}/file", "file"),
-    "resume nothing": ("--resume --out {0}/norun", "norun"),
-    "resume damaged": ("--resume --out {0}/cutrun", "last.pt"),
-    "resume foreign": ("--resume --out {0}/foreign", "last.pt"),
-    "resume method": ("--resume --out {0}/run --method soft", "--method none"),
-    "resume student": ("--resume --out {0}/run --student vit_tiny_patch16_224", "--student"),
-    "cuda": ("--device cuda", "CUDA"),
-    "no classes": ("--data {0}/classless", "no images"),
-    "one class": ("--data {0}/single --method none --batch-size 2", "one class"),
-    "resume to the past": ("--resume --out {0}/two --epochs 1", "beyond --epochs 1"),
-    "depth 0": ("--student-kwargs depth=0", "no layers"),
-    "kwargs without a value": ("--student-kwargs embed_dim", "KEY=VALUE"),
-    "warm-up": ("--epochs 5 --warmup-epochs 5", "--warmup-epochs"),
-    "weights of another model":
-        ("--teacher deit_toy_patch8_32 --teacher-weights weights/cait_toy_shapes.safetensors", "width 96, depth 12, 32 px"),
-    "weights of another size": ("--img-size 48", "32 px"),
-    "no pretrained weights": ("--method none --student-weights pretrained", "pretrained weights of deit_toy"),
-    "teacher run, other teacher": ("--teacher-weights {0}/run --teacher cait_toy_patch8_32", "--teacher would"),
-    "teacher run, other classes": ("--data {0}/good --teacher-weights {0}/run --batch-size 2", "20 classes"),
-    "eval, idle flag": ("--eval --out {0}/run --epochs 3", "--epochs"),
-    "teacher of NaN": ("--teacher-weights {0}/nan.pth", "NaN"),
-    "too many pixels": ("--data {0}/bomb --method none --batch-size 1", "exceeds limit"),
-    "mps": ("--device mps", "MPS"),
-    "resume and overwrite": ("--resume --overwrite --out {0}/run", "not allowed with"),
-}
-ANALYZE_MISTAKES = {
-    "model": ("--models nope", "nope"),
-    "no folder": ("--models deit_toy_patch8_32=random --data {0}/absent", "absent"),
-    "no images": ("--models deit_toy_patch8_32=random --data {0}/empty", "no images"),
-    "corrupt": ("--models deit_toy_patch8_32=random --data {0}/flat", "0.png"),
-    "layer": ("--models deit_toy_patch8_32=random --layers 0 12", "out of range"),
-    "layers": ("--models deit_toy_patch8_32=random --layers 1 1", "ascend"),
-    "no weights": ("--models deit_toy_patch8_32={0}/absent.pth", "absent.pth"),
-    "other architecture": ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
-    "model given twice": ("--models deit_toy_patch8_32=random deit_toy_patch8_32=random", "twice"),
-    "evolution of nothing": ("--evolution {0}/norun", "norun"),
-    "images": ("--models deit_toy_patch8_32=random --images 0", "0"),
-    "range": ("--models deit_toy_patch8_32=random --entropy-range nope", "nope"),
-    "image size": ("--models deit_toy_patch8_32=random --img-size 36", "36"),
-    "out is a file": ("--models deit_toy_patch8_32=random --out {0}/file", "file"),
-    "device": ("--models deit_toy_patch8_32=random --device tpu", "tpu"),
-}
+TRAIN_MISTAKES = [  # flags, and a word that the line must hold
+    ("--method nope", "nope"),
+    ("--student nope", "nope"),
+    ("--nope 1", "--nope"),
+    ("--data {0}/absent", "absent"),
+    ("--data {0}/no_train", "train/"),
+    ("--data {0}/differ --method none", "differ in classes"),
+    ("--data {0}/corrupt --method none --batch-size 2", "0.png"),
+    ("--data {0}/good --batch-size 2", "--teacher-weights"),
+    ("--data {0}/good --teacher-weights weights/cait_toy_shapes.safetensors --batch-size 2", "20 classes"),
+    ("--student-layers 0 12 --teacher-layers 0 1", "out of range"),
+    ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
+    ("--student-layers 1 --teacher-layers 1 --first 1", "--first"),
+    ("--first 0 --last 0", "cannot be paired"),
+    ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "same patch grid"),
+    ("--alpha nan", "nan"),
+    ("--lr inf", "inf"),
+    ("--accum 3", "does not divide"),
+    ("--epochs 1.5", "1.5"),
+    ("--teacher-weights {0}/absent.pth", "absent.pth"),
+    ("--teacher-weights {0}/cut.safetensors", "cut.safetensors"),
+    ("--teacher-weights {0}/other.pth", "other.pth"),
+    ("--method projector --feature-loss mse", "--feature-loss"),
+    ("--color-jitter 0.1", "--color-jitter"),
+    ("--student resnet18 --variant lifted --img-size 32", "resnet18"),
+    ("--out {0}/run", "--resume"),
+    ("--method none --out {0}/file", "file"),
+    ("--resume --out {0}/norun", "norun"),
+    ("--resume --out {0}/cutrun", "last.pt"),
+    ("--resume --out {0}/run --method soft", "--method none"),
+    ("--device cuda", "CUDA"),
+    ("--data {0}/single --method none --batch-size 2", "one class"),
+    ("--resume --out {0}/two --epochs 1", "beyond --epochs 1"),
+    ("--student-kwargs depth=0", "no layers"),
+    ("--student-kwargs embed_dim", "KEY=VALUE"),
+    ("--epochs 5 --warmup-epochs 5", "--warmup-epochs"),
+    ("--teacher deit_toy_patch8_32 --teacher-weights weights/cait_toy_shapes.safetensors", "width 96, depth 12, 32 px"),
+    ("--img-size 48", "32 px"),
+    ("--method none --student-weights pretrained", "pretrained weights of deit_toy"),
+    ("--teacher-weights {0}/run --teacher cait_toy_patch8_32", "--teacher would"),
+    ("--data {0}/good --teacher-weights {0}/run --batch-size 2", "20 classes"),
+    ("--eval --out {0}/run --epochs 3", "--epochs"),
+    ("--teacher-weights {0}/nan.pth", "NaN"),
+    ("--data {0}/bomb --method none --batch-size 1", "exceeds limit"),
+    ("--device mps", "MPS"),
+    ("--resume --overwrite --out {0}/run", "not allowed with"),
+]
+ANALYZE_MISTAKES = [
+    ("--models nope", "nope"),
+    ("--data {0}/absent", "absent"),
+    ("--data {0}/empty", "no images"),
+    ("--data {0}/flat", "0.png"),
+    ("--layers 0 12", "out of range"),
+    ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
+    ("--models deit_toy_patch8_32=random deit_toy_patch8_32=random", "twice"),
+    ("--evolution {0}/norun", "norun"),
+    ("--entropy-range nope", "nope"),
+    ("--out {0}/file", "file"),
+    ("--data {0}/bomb", "exceeds limit"),
+]
+USUAL = {train_kd: [("--train-size", "64"), ("--batch-size", "16")], analyze: [("--models", "deit_toy_patch8_32=random")]}
 
 
-@pytest.mark.parametrize("program, mistake", [*((train_kd, m) for m in TRAIN_MISTAKES),
-                                              *((analyze, m) for m in ANALYZE_MISTAKES)])
-def test_main_answers_a_mistake_in_one_line(program, mistake, world, capsys, monkeypatch):
-    words, expected = (TRAIN_MISTAKES if program is train_kd else ANALYZE_MISTAKES)[mistake]
+@pytest.mark.parametrize("program, words, expected", [*((train_kd, *row) for row in TRAIN_MISTAKES),
+                                                      *((analyze, *row) for row in ANALYZE_MISTAKES)])
+def test_main_answers_a_mistake_in_one_line(program, words, expected, world, capsys, monkeypatch):
     words = words.format(world).split()
-    if program is train_kd and not {"--resume", "--eval"} & {*words}:
-        size = [] if "--data" in words else ["--train-size", "64"]
-        batch = [] if "--batch-size" in words else ["--batch-size", "16"]
-        words = [*size, *batch, *words]
+    alone = {"--resume", "--eval", "--evolution"} & {*words}
+    for flag, value in [*(() if alone else USUAL[program]), ("--out", str(world / "never"))]:
+        if flag not in words and not (flag == "--train-size" and "--data" in words):
+            words += [flag, value]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    if "--out" not in words:
-        words += ["--out", str(world / "never")]
     before = {path: path.read_bytes() for path in (world / "run").iterdir()}
     with pytest.raises(SystemExit) as end:
         program.main(words)
@@ -1232,7 +1168,7 @@ def test_pool_starts_everywhere(method, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signals")
-def test_train_ends_the_same_when_killed_twice(tmp_path, capsys):
+def test_train_ends_the_same_when_killed_twice(tmp_path, monkeypatch, capsys):
     """kill -9 in the first run, SIGTERM in the second (after a step, within an epoch), the third reaches the end."""
     flags = [*TINY, "--method", "none", "--epochs", "3", "--device", "cpu", "--train-size", "640"]
     whole = start("train_kd.py", *flags, "--out", tmp_path / "whole")
@@ -1251,15 +1187,13 @@ def test_train_ends_the_same_when_killed_twice(tmp_path, capsys):
         update(run, stream)
 
     resume = ["--resume", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(data, "VAL_SIZE", 4000)
+    monkeypatch.setattr(data, "VAL_SIZE", 4000)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(train_kd, "update", update_or_signal)
         train_kd.main(resume)
     assert stopped.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM after step 58" in capsys.readouterr().out
     assert not (out / "student.safetensors").exists()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "VAL_SIZE", 4000)
-        train_kd.main(resume)
+    train_kd.main(resume)
     said, _ = whole.communicate(timeout=60)
     assert whole.returncode == 0 and f"done: {tmp_path / 'whole'}: top-1 " in said
     assert log_of(out) == log_of(tmp_path / "whole") and len(log_of(out)) == 3

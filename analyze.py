@@ -11,11 +11,14 @@ one that the others are compared with. Each CSV lies beside the PNG that is draw
 published numbers beside ours. Layers count from 1, as in the papers; only --layers has timm's indices, from 0.
 Notation: A a layer's feature map [B, C, h, w]; X its tokens [B, N, C].
 """
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # beside other work threads would spin while the next one has no core
+
 import argparse
 import csv
 import json
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,15 +29,13 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import data
 from losses import at_least_float32
-from models import HookedModel, build_model, choose_device, key_value, load_student, read_config, stages
+from models import HookedModel, build_model, choose_device, is_run, key_value, load_student, read_config, stages
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)  # shares of energy (EM tables)
 BANDS = (50, 60, 70, 80, 90)  # % of energy (EM, SEP)
@@ -158,24 +159,17 @@ def open_images(name, count, seed):
     folder = Path(name)
     if name == "shapes" or name.startswith(("torch/", "hfds/")):
         dataset = data.open_data(name).val
-        found = [lambda i=i: dataset[i][0].convert("RGB") for i in range(len(dataset))]
+        found = [lambda i=i: data.to_rgb(dataset[i][0]) for i in range(len(dataset))]
     elif folder.is_dir():
         folder = folder / "val" if (folder / "val").is_dir() else folder
-        paths = sorted(Path(where) / file for where, _, files in os.walk(folder, followlinks=True) for file in files)
-        found = [partial(load_image, path) for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
+        paths = sorted(os.path.join(where, file) for where, _, files in os.walk(folder, followlinks=True) for file in files)
+        found = [partial(data.load_image, path) for path in paths if data.is_image(folder, path)]
     else:
         raise ValueError(f"{name} is neither a folder of images nor shapes, torch/NAME or hfds/NAME")
     if not found:
         raise ValueError(f"no images in {folder}")
     chosen = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[i] for i in sorted(chosen)]
-
-
-def load_image(path):
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 class Subject:
@@ -220,10 +214,6 @@ class Control:
             shapes = [(count, C, h, w)] if self.label == "white noise" else [(count, C, 1, 1), (count, 1, h, w)]
             maps.append(math.prod(torch.randn(shape, generator=generator) for shape in shapes).to(like.device))
         return maps
-
-
-def is_run(text):
-    return (Path(text) / "config.json").is_file()
 
 
 def open_subjects(args, device, run=None):

@@ -22,6 +22,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 # ----------------------------------------------------------------------
 # shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
@@ -38,7 +39,7 @@ def draw_shapes(count, split="train", seed=0):
     Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core.
     """
     splits = {"train": 0, "val": 1}
-  # Row i of a generator's table is the same however many rows are drawn.
+    # Row i of a generator's table is the same however many rows are drawn.
     table = np.random.default_rng([seed, splits[split], 0])
     pixels = np.random.default_rng([seed, splits[split], 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
@@ -73,7 +74,7 @@ def _draw(table, pixels, labels):
     image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]  # dark, a slight gradient
     image = litter(image)
 
-  # Shape: a function that is positive inside, in units of the radius.
+    # Shape: a function that is positive inside, in units of the radius.
     radius = uniform(10, 13)
     x, y = rotated(xs - uniform(-1, 1), ys - uniform(-1, 1), uniform(-0.35, 0.35))
     u, v, rho, phi = x / radius, y / radius, np.hypot(x, y) / radius, np.arctan2(y, x)
@@ -81,7 +82,7 @@ def _draw(table, pixels, labels):
     inside = np.stack([0.9 - rho, 0.8 - np.maximum(abs(u), abs(v)), 0.55 - triangle,
                        0.27 - abs(rho - 0.68), 0.68 + 0.26 * np.cos(5 * phi) - rho])[shape, rows]
 
-  # Texture: a number in [0, 1] at every pixel, between two colours.
+    # Texture: a number in [0, 1] at every pixel, between two colours.
     p, q = rotated(x, y, uniform(0, 2 * np.pi))
     frequency = 2 * np.pi / uniform(5, 7)  # of stripes and checkers: 5 to 7 pixels
     wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
@@ -158,12 +159,58 @@ def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
 
 def _open_folder(folder):
     try:
-        dataset = ImageFolder(folder, allow_empty=True)  # an empty class keeps its place among a teacher's 1000
-    except FileNotFoundError:
+        dataset = Folder(folder)
+    except ValueError:  # torchvision's, where there are no class folders
         dataset = ()
     if not len(dataset):
         raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
     return dataset
+
+
+class Folder(ImageFolder):
+    """torchvision's folder of class folders, without hidden names. A class may be empty, to keep its number."""
+
+    def __init__(self, root):
+        others = []
+        super().__init__(root, loader=load_image, is_valid_file=partial(is_image, root, others=others),
+                         allow_empty=True)
+        if others and int(os.environ.get("RANK", 0)) == 0:
+            print(f"warning: {len(others)} files in {root} are no images and left out, as {others[0]}", flush=True)
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        return names, {name: number for number, name in enumerate(names)}
+
+
+def is_image(root, path, others=None):
+    """Whether a file's name is that of an image and not hidden; if it is neither, it joins `others`."""
+    hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+    found = path.lower().endswith((*IMG_EXTENSIONS, ".jfif"))
+    if others is not None and not hidden and not found:
+        others.append(path)
+    return found and not hidden
+
+
+class BadImage(ValueError):
+    """An image that cannot be read."""
+
+
+def load_image(path):
+    """A file as RGB. Raises BadImage."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+        raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or train with --skip-bad-images") from None
+
+
+def to_rgb(image):
+    """Of 16 bits a channel the upper 8 count. Raises ValueError for integers and floats whose range nobody knows."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels, of mode {image.mode}, have no known range: save it with 8 bits")
+    return image.convert("RGB")
 
 
 def _open_timm(name):
@@ -225,8 +272,7 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 
 
 class Loader:
-    """What both kinds share: `size`, images in all; `normalise`, uint8 [b, 3, S, S] -> float32 of the model's mean and
-    std."""
+    """What both kinds share: `size`, the count of images; `normalise`, uint8 [b, 3, S, S] -> float32 for the model."""
 
     def __init__(self, size, mean, std, device, seed):
         self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
@@ -366,10 +412,6 @@ def default_workers():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-class BadImage(ValueError):
-    """An image that cannot be decoded."""
-
-
 class Samples(Dataset):
     """samples[index, seed]: an image through the transform, whose randomness starts from the seed, and its label.
 
@@ -387,12 +429,10 @@ class Samples(Dataset):
         for index in range(first, first + len(self.dataset)):
             try:
                 image, label = self.dataset[index % len(self.dataset)]
-                return self.transform(image if image.mode == "RGB" else image.convert("RGB")), label
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-                path = getattr(self.dataset, "samples", {index: (f"number {index}",)})[index % len(self.dataset)][0]
+                return self.transform(to_rgb(image)), label
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 if not self.skip_bad:
-                    raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or "
-                                   f"--skip-bad-images") from None
+                    raise BadImage(str(error) if isinstance(error, BadImage) else f"image {index}: {error}") from None
         raise BadImage("none of the images can be read")
 
 

@@ -50,7 +50,7 @@ def spectral_loss(map_s, map_t):
     0..w/2, so it counts once the columns that the full one counts twice.
     """
     with _autocast_off(map_s):
-  # The FFT is linear: one transform of the difference instead of two.
+        # The FFT is linear: one transform of the difference instead of two.
         spectrum = torch.fft.rfft2(_difference(map_s, map_t), norm="ortho")
         return torch.view_as_real(spectrum).square().mean()
 
@@ -92,6 +92,9 @@ def at_least_float32(x):
 
 
 def _check_grids(map_s, map_t):
+    if not map_s.ndim == map_t.ndim == 4:
+        raise ValueError(f"feature maps are [B, C, h, w], not {[*map_s.shape]} and {[*map_t.shape]}: make tokens [B, N, C] "
+                         f"maps with .mT.unflatten(2, (h, w))")
     if map_s.shape[2:] != map_t.shape[2:]:
         raise ValueError("the student's feature map is {} x {} and the teacher's {} x {}: choose models with the same "
                          "patch grid, or other layers".format(*map_s.shape[2:], *map_t.shape[2:]))
@@ -232,7 +235,7 @@ class ProjectorKD(FeatureKD):
         super().__init__(**feature)
         _require(norm in ("batch", "none"), f"norm {norm} is neither batch nor none")
         self.norm = norm
-  # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
+        # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
         self.projectors = nn.ModuleList(nn.Linear(c_s, c_t, bias=False) for c_s, c_t in self.channels if self.beta)
 
     def pair_loss(self, i, map_s, map_t):
@@ -265,8 +268,8 @@ class _MeanOfProcesses(torch.autograd.Function):
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
-  # Every process's loss depends on every process's x, through the mean. So the gradient of x is the mean over the
-  # processes of the gradients that arrive: the same computation.
+    # Every process's loss depends on every process's x, through the mean. So the gradient of x is the mean over the
+    # processes of the gradients that arrive: the same computation.
     backward = forward
 
 

@@ -5,9 +5,12 @@ a Swin or ResNet. Its feature map is the raw output, before the final norm, with
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -39,14 +42,15 @@ class HookedModel(nn.Module):
             if not 0 <= layer < len(model.feature_info):
                 raise ValueError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to "
                                  f"{len(model.feature_info) - 1}")
-  # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
+            # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
             module = model.get_submodule(model.feature_info[layer]["module"])
             module.register_forward_hook(partial(self._keep, layer))
-        self.channels = [layer_widths(model)[layer] for layer in self.layers]
-        self.scale, own = None, statistics(model)
-        if mean is not None and dict(mean=tuple(mean), std=tuple(std)) != own:
-            mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, *own.values()))
-            del self.scale
+        self.channels = [model.feature_info[layer]["num_chs"] for layer in self.layers]
+        own = statistics(model)
+        if mean is None or dict(mean=tuple(mean), std=tuple(std)) == own:
+            self.scale = None
+        else:
+            mean, std, own_mean, own_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, own["mean"], own["std"]))
             self.register_buffer("scale", std / own_std, persistent=False)
             self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
@@ -54,10 +58,12 @@ class HookedModel(nn.Module):
         self._maps[layer] = output
 
     def forward(self, images):
-        if self.scale is not None:
-            images = images * self.scale + self.shift
-        logits = self.model(images)
+        logits = self.model(self.renormalise(images))
         return logits, [self._as_map(layer, self._maps.pop(layer), images) for layer in self.layers]
+
+    def renormalise(self, images):
+        """Images as the model was trained to see them."""
+        return images if self.scale is None else images * self.scale + self.shift
 
     def _as_map(self, layer, output, images):
         if output.ndim == 4:  # Swin keeps channels last
@@ -68,11 +74,6 @@ class HookedModel(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
 
 
-def layer_widths(model):
-    """The channels of each layer."""
-    return [info["num_chs"] for info in model.feature_info]
-
-
 def statistics(model):
     """Mean and std that the model's images are normalised with."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -80,8 +81,28 @@ def statistics(model):
 
 
 def stages(model):
-    """The layers that "First X, Last Y" counts: the blocks of a ViT, the stages of a Swin or CNN (less its stem)."""
-    return [i for i, info in enumerate(model.feature_info) if info["module"].startswith(("blocks", "layer", "stages"))]
+    """The layers that "First X, Last Y" counts: all of feature_info, less the stem that a CNN begins with."""
+    kinds = [re.sub(r"\d", "", info["module"]) for info in model.feature_info]
+    stem = len(kinds) > 1 and kinds[0] != kinds[1]  # resnet: act1, layer1, layer2, ...
+    return list(range(int(stem), len(kinds)))
+
+
+@torch.no_grad()
+def check_maps(hooked, img_size):
+    """Try a HookedModel on two random images -> its maps. Raises ValueError if it fails or differs from timm's own
+    forward_intermediates: hooks do not know how a model of any family lays out its tokens."""
+    name = hooked.model.pretrained_cfg.get("architecture") or type(hooked.model).__name__
+    images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+    try:
+        maps, expected = hooked.eval()(images)[1], []
+        if maps:
+            expected = hooked.model.forward_intermediates(hooked.renormalise(images), indices=hooked.layers, norm=False,
+                                                          intermediates_only=True)
+    except Exception as error:  # whatever a family of models raises on images or layers that it was not made for
+        raise ValueError(f"{name} fails on images of {img_size} px: {one_line(error)}") from error
+    if len(maps) != len(expected) or not all(A.shape == B.shape and A.allclose(B) for A, B in zip(maps, expected)):
+        raise ValueError(f"the feature maps of {name} cannot be read by hooks on its layers {hooked.layers}")
+    return maps
 
 
 def choose_layers(first, last, depth):
@@ -97,19 +118,18 @@ def pair_layers(student, teacher, settings):
     if not layers_s and not layers_t:
         layers_s, layers_t = ([layers[i] for i in choose_layers(settings.first, settings.last, len(layers))]
                               for layers in map(stages, (student, teacher)))
-    for layers in (layers_s, layers_t):
-        if layers != sorted({*layers}):
-            raise ValueError(f"layers {layers} must ascend without repeats: they are paired in order")
-    if len(layers_s) != len(layers_t) or not layers_s:
+    if len(layers_s) != len(layers_t) or not layers_s or any(each != sorted({*each}) for each in (layers_s, layers_t)):
         raise ValueError(f"student layers {layers_s} and teacher layers {layers_t} cannot be paired: give as many of "
-                         f"each, and at least one (or --beta 0)")
+                         f"each, at least one (or --beta 0), and let them ascend without repeats")
     return layers_s, layers_t
 
 
 # ----------------------------------------------------------------------
 # Student variants (EM)
 
-def _create(name, **kwargs):
+
+def plain(name, teacher_width=None, **kwargs):
+    """Any timm model."""
     try:
         model = timm.create_model(name, **kwargs)
         if not model.feature_info:
@@ -120,20 +140,16 @@ def _create(name, **kwargs):
 
 
 def _vit(name, **kwargs):
-    model = _create(name, **kwargs)
+    model = plain(name, **kwargs)
     if not isinstance(model, VisionTransformer) or hasattr(model, "head_dist"):
         raise ValueError(f"lifted and widened students are made from plain ViT or DeiT models, not from {name}")
     return model
 
 
-def plain(name, teacher_width=None, **kwargs):
-    return _create(name, **kwargs)
-
-
 def lifted(name, teacher_width, **kwargs):
     """EM Lift: the last block's tokens go through Linear(C_s -> C_t, no bias) and LayerNorm. The lifted map is
     the last layer's feature map and stays at inference: the classifier reads the mean over its patch tokens."""
-    model = _vit(name, global_pool="avg", fc_norm=False, **kwargs)
+    model = _vit(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     model.blocks[-1] = nn.Sequential(model.blocks[-1], *_lift(model.embed_dim, teacher_width))
     model.norm = nn.Identity()  # the lift has brought its own
     return _widen_head(model, teacher_width)
@@ -147,6 +163,9 @@ def widened(name, teacher_width, **kwargs):
     if teacher_width % head_width:
         raise ValueError(f"a block of width {teacher_width} cannot have heads of {head_width} channels as {name} has")
     wide = _vit(name, **{**kwargs, "embed_dim": teacher_width, "num_heads": teacher_width // head_width, "depth": 1})
+    for name, module in model.blocks[-1].named_children():
+        if name.startswith("drop_path"):  # of the last block's rate; alone, a block would have that of the first
+            setattr(wide.blocks[0], name, module)
     model.blocks[-1] = nn.Sequential(*_lift(model.embed_dim, teacher_width), wide.blocks[0])
     model.norm, model.fc_norm = wide.norm, wide.fc_norm
     return _widen_head(model, teacher_width)
@@ -179,13 +198,10 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
     """
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models('*part_of_name*') lists what it has")
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if variant != "plain" and not teacher_width:
         raise ValueError(f"a {variant} student needs the width of a teacher's last layer")
-    pretrained_cfg = timm.get_pretrained_cfg(name)
     size = dict(input_size=(3, img_size, img_size)) if img_size else {}  # for timm's transforms
-    if img_size and pretrained_cfg.fixed_input_size:  # CNNs take any size and have no such argument
+    if img_size and timm.get_pretrained_cfg(name).fixed_input_size:  # CNNs take any size and have no such argument
         timm_kwargs["img_size"] = img_size
     create = partial(VARIANTS[variant], name, teacher_width=teacher_width, num_classes=num_classes,
                      pretrained_cfg_overlay=size, **timm_kwargs)
@@ -200,11 +216,12 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
                 model = create()
                 model.load_state_dict(state)
             else:
-  # By way of timm's own loader, which adapts published formats and position embeddings.
+                # By way of timm's own loader, which adapts published formats and position embeddings.
                 overlay = dict(state_dict=state, num_classes=found[0] if found else num_classes, **size)
                 model = create(pretrained=True, num_classes=overlay["num_classes"], pretrained_cfg_overlay=overlay)
         except Exception as error:  # whatever a foreign file makes timm stumble on
-            raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}: "
+            headless = "; it has no classifier: --teacher-head random" if classifiers and not found else ""
+            raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}{headless}: "
                              f"{one_line(error)}") from error
         if found and found[0] != num_classes:
             raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
@@ -216,9 +233,9 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         check_pretrained_classes(name, num_classes, random_head)
         return _from_hub(name, create)
     model = create()
-    reduction = model.feature_info[-1]["reduction"]
-    if img_size and pretrained_cfg.fixed_input_size and img_size % reduction:
-        raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {reduction}: choose a multiple")
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if img_size and img_size % patch:
+        raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {patch}: choose a multiple")
     return model
 
 
@@ -239,13 +256,12 @@ def _from_hub(name, create):
 
 def _hint(state):
     """What a file says of itself, for the message that it does not fit."""
-    if not {"pos_embed", "patch_embed.proj.weight"} <= {*state}:
+    if not {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return ""
     positions, width = state["pos_embed"].shape[1:]
     size = int(positions ** 0.5) * state["patch_embed.proj.weight"].shape[-1]  # less a class token, if there is one
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    classes = f"{len(state['head.weight'])} classes, " if "head.weight" in state else ""
-    return f" but a model of {classes}width {width}, depth {depth}, {size} px"
+    return f" but a model of {len(state.get('head.weight', ()))} classes, width {width}, depth {depth}, {size} px"
 
 
 @torch.no_grad()
@@ -257,7 +273,7 @@ def start_from(model, name, source, img_size, variant="plain"):
     """
     if source == "pretrained":
         size = dict(img_size=img_size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
-        state = _from_hub(name, partial(_create, name, **size)).state_dict()
+        state = _from_hub(name, partial(plain, name, **size)).state_dict()
     else:
         file = Path(source) / "student.safetensors" if Path(source).is_dir() else Path(source)
         state = read_weights(file)
@@ -267,27 +283,25 @@ def start_from(model, name, source, img_size, variant="plain"):
     own, taken = model.state_dict(), {}
     last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
     for key, value in own.items():
-  # A lifted student's last block is the first part of a sequence.
+        # A lifted student's last block is the first part of a sequence.
         origin = key.replace(f"{last}0.", last) if variant == "lifted" and key not in state else key
         if origin in state and state[origin].shape == value.shape and state[origin].isfinite().all():
             value.copy_(state[origin])
             taken[key] = origin
-    new = [key for key in own if key not in taken]
-    count = lambda keys: sum(own[key].numel() for key in keys)
-    possible = min(count(own), sum(value.numel() for value in state.values()))
-    if count(own) - count(new) < possible / 2:
+    new, left = [key for key in own if key not in taken], [key for key in state if key not in {*taken.values()}]
+    count = {what: sum(value.numel() for value in values) for what, values in (
+        ("all", own.values()), ("given", state.values()), ("taken", [own[key] for key in taken]))}
+    if count["taken"] < min(count["all"], count["given"]) / 2:
         raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state)}")
-    placed = {*taken.values()}
-    left = [key for key in state if key not in placed]
     head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
-    return (f"{name} starts from {source}: {count(own) - count(new):,} of {count(own):,} values; new{head}: "
-            f"{_names(new)}; without a place: {_names(left)}")
+    return (f"{name} starts from {source}: {count['taken']:,} of {count['all']:,} values; new{head}: {_names(new)}; "
+            f"without a place: {_names(left)}")
 
 
 def _names(keys):
-    """A short list of tensors, by module: "head, blocks.11"."""
-    parents = dict.fromkeys(".".join(key.split(".")[:2 if key.startswith("blocks.") else 1]) for key in keys)
-    return ", ".join([*parents][:6]) + (f" and {len(parents) - 6} more" if len(parents) > 6 else "") or "nothing"
+    """A short list of tensors, by module: "head, blocks.11"; "blocks.11.1" within a lifted or widened last block."""
+    modules = [*dict.fromkeys(re.match(r"blocks\.\d+(\.\d+)?|[^.]+", key)[0] for key in keys)]
+    return ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "") or "nothing"
 
 
 def load_student(run, file="student.safetensors", trained=True):
@@ -307,11 +321,17 @@ def load_student(run, file="student.safetensors", trained=True):
     return model
 
 
+def is_run(path):
+    """Whether a path is the folder of a run."""
+    return bool(path) and (Path(path) / "config.json").is_file()
+
+
 def read_config(run):
     """config.json of a run's folder. Raises ValueError if there is none."""
     try:
-        return json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        return {**config, "settings": config["settings"], "images": config["images"]}  # others have such files, too
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{run} is not the folder of a run: {one_line(error)}") from error
 
 
@@ -329,11 +349,25 @@ def read_weights(path):
     A relative path is looked up in the working folder, then beside this file, where the embedded teacher lies.
     """
     try:
-        return load_state_dict(path if Path(path).exists() else HERE / path, use_ema=False, weights_only=True)
+        state = load_state_dict(path if Path(path).exists() else HERE / path, use_ema=False, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights file at {path}") from None
-    except Exception as error:  # cut short, foreign, or a pickle with code
+    except pickle.UnpicklingError:  # what it holds could be code
+        raise ValueError(f"{path} holds more than tensors and is not read: save model.state_dict() alone") from None
+    except Exception as error:  # cut short or foreign
         raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {one_line(error)}") from error
+    states = [each for each in (state, *state.values()) if isinstance(each, dict) and all(map(torch.is_tensor, each.values()))]
+    if len(states) != 1:
+        raise ValueError(f"{path} holds {', '.join(map(str, state))}: save the state_dict that is meant alone")
+    return states[0]
+
+
+def digest(model):
+    """A fingerprint of a model's weights."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        found.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def one_line(error):
@@ -347,15 +381,11 @@ def key_value(text):
     return text
 
 
-# ----------------------------------------------------------------------
-# Teachers
-
-
 def build_teacher(name, source, *, num_classes, img_size, random_head=False, needed=True, blank=False, **timm_kwargs):
     """The teacher with the weights of a file, of a run's folder, of timm, or random ones: if `source` says so, if only
     its shape is `needed`, or all is to be `blank`."""
     blank = blank or not needed or source == "random"
-    if Path(source or "random").is_dir():
+    if is_run(source):
         return load_student(source, trained=not blank)
     if needed and not source:
         check_pretrained_classes(name, num_classes, random_head)
@@ -365,7 +395,7 @@ def build_teacher(name, source, *, num_classes, img_size, random_head=False, nee
 
 def taught_by(source):
     """If a teacher's weights are a run's folder: what its config.json says of the teacher, else nothing."""
-    if not Path(source or "random").is_dir():
+    if not is_run(source):
         return {}
     settings = read_config(source)["settings"]
     return {"teacher": settings["student"], "teacher_kwargs": settings["student_kwargs"] or {},
@@ -424,8 +454,8 @@ default_cfgs = generate_default_cfgs({"cait_toy_patch8_32": _toy_cfg, "deit_toy_
 def _toy(model_class, name, pretrained, **kwargs):
     model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=dict(feature_cls="getter"), **kwargs)
     if not pretrained:
-  # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
-  # signal would all but vanish in the blocks, and a short training would be over before it came back.
+        # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
+        # signal would all but vanish in the blocks, and a short training would be over before it came back.
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -443,9 +473,7 @@ def cait_toy_patch8_32(pretrained=False, **kwargs):
 
 @register_model
 def deit_toy_patch8_32(pretrained=False, **kwargs):
-    """A DeiT of 12 blocks, 48 channels wide: 0.35 M parameters.
-
-    LayerScale, as in CaiT, and normalised queries and keys: without them seeds differ by several points.
-    """
+    """A DeiT of 12 blocks, 48 channels wide: 0.35 M parameters. LayerScale, as in CaiT, and normalised queries and
+    keys: without them seeds differ by several points."""
     args = dict(img_size=32, patch_size=8, embed_dim=48, depth=12, num_heads=3, init_values=0.1, qk_norm=True)
     return _toy(VisionTransformer, "deit_toy_patch8_32", pretrained, **{**args, **kwargs})

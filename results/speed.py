@@ -27,9 +27,9 @@ from train_kd import RANK, WORLD
 
 def time_parts(run, classes, updates):
     """Median ms of an update and its parts on images in memory."""
-    settings, accum = run.settings, run.settings.accum
-    size = settings.batch_size // WORLD // accum
-    images = torch.randn(size, 3, settings.img_size, settings.img_size, device=run.device)
+    args, accum = run.args, run.args.accum
+    size = args.batch_size // WORLD // accum
+    images = torch.randn(size, 3, args.img_size, args.img_size, device=run.device)
     labels = torch.randint(classes, (size,), device=run.device)
     in_memory = itertools.repeat((images, labels))
 
@@ -69,14 +69,14 @@ def time_parts(run, classes, updates):
 def time_loader(run, updates):
     """Mean ms that an update waits for the real loader, mean ms of the update itself, and the images/s that one core
     decodes and augments (None where the images are in memory)."""
-    settings, loader = run.settings, run.train_loader
-    keys = data.training_batches(loader.size, settings.batch_size, seed=0, epoch=0, repeats=settings.repeats,
-                                 accum=settings.accum, rank=RANK, world=WORLD)
+    args, loader = run.args, run.train_loader
+    keys = data.training_batches(loader.size, args.batch_size, seed=0, epoch=0, repeats=args.repeats,
+                                 accum=args.accum, rank=RANK, world=WORLD)
     stream = itertools.chain.from_iterable(loader.load(keys, epoch) for epoch in itertools.count())
     waits, steps = [], []
     for _ in range(updates + 1):
         fetched = []
-        waits.append(timed(run.device, lambda: fetched.append(next(stream)), settings.accum))
+        waits.append(timed(run.device, lambda: fetched.append(next(stream)), args.accum))
         steps.append(timed(run.device, lambda: train_kd.update(run, iter(fetched))))
     decoded = None
     if isinstance(loader, data.StreamLoader):
@@ -89,8 +89,7 @@ def timed(device, work, times=1):
     began = time.perf_counter()
     for _ in range(times):
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    getattr(torch, device.type).synchronize()
     return 1000 * (time.perf_counter() - began)
 
 
@@ -107,31 +106,32 @@ def peak_memory(device):
 def main(argv=None):
     parser = train_kd.make_parser()
     parser.add_argument("--updates", type=int, default=10, help="to time")
-    defaults, typed = train_kd.read_flags(parser, [*(sys.argv[1:] if argv is None else argv), "--dry-run"])
+    typed = vars(parser.parse_args(argv))
     try:
         device = models.choose_device(typed.get("device"))
         train_kd.connect(device)
-        settings, images = train_kd.resolve(defaults, typed, device)
-        teacher, distiller, statistics = train_kd.build(settings, images.classes)
-        loaders = train_kd.make_loaders(settings, images, statistics, device)
-        run = train_kd.Run(settings, device, teacher and teacher.to(device), distiller.to(device), loaders)
-        ms = time_parts(run, images.classes, settings.updates)
-        ms["loader"], step, decoded = time_loader(run, settings.updates)
+        args, dataset, _ = train_kd.resolve({**typed, "overwrite": True}, device)
+        args.dry_run = True  # random weights
+        teacher, distiller, statistics = train_kd.build(args, dataset.classes)
+        loaders = train_kd.make_loaders(args, dataset, statistics, device)
+        run = train_kd.Run(args, device, teacher and teacher.to(device), distiller.to(device), loaders)
+        ms = time_parts(run, dataset.classes, args.updates)
+        ms["loader"], step, decoded = time_loader(run, args.updates)
     except (ValueError, OSError) as error:
         train_kd.fail(error)
-    loop, in_memory = ms["loader"] + step, 1000 * settings.batch_size / ms["step"]
-    hours = loop / 3.6e6 * run.steps * settings.epochs
+    loop, in_memory = ms["loader"] + step, 1000 * args.batch_size / ms["step"]
+    hours = loop / 3.6e6 * run.steps * args.epochs
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
               "step_to_floor": round(ms["step"] / ms["floor"], 3), "images_per_s_in_memory": round(in_memory, 1),
-              "images_per_s": round(1000 * settings.batch_size / loop, 1), "peak_memory_gb": peak_memory(device),
+              "images_per_s": round(1000 * args.batch_size / loop, 1), "peak_memory_gb": peak_memory(device),
               "training_hours": round(hours, 5), "loader_images_per_s_a_core": decoded and round(decoded, 1),
               "cores_for_the_step": decoded and round(in_memory / decoded, 2),
-              **{key: getattr(settings, key) for key in ("updates", "batch_size", "img_size", "amp", "compile")},
+              **{key: getattr(args, key) for key in ("updates", "batch_size", "img_size", "amp", "compile")},
               "processes": WORLD, "threads": torch.get_num_threads(), "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if device.type == "cuda" else models.cpu_info("model name")}
     if RANK == 0:
         print(", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items()),
-              f"\nstep / floor {result['step_to_floor']}, {result['images_per_s']} images/s; {settings.epochs} epochs "
+              f"\nstep / floor {result['step_to_floor']}, {result['images_per_s']} images/s; {args.epochs} epochs "
               f"of {run.train_loader.size:,} images: {hours:.2f} hours here, without validation", file=sys.stderr)
         print(json.dumps(result), flush=True)
 

@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import math
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,14 +36,14 @@ from tqdm import tqdm
 
 import data
 from losses import at_least_float32
-from models import HookedModel, build_model, choose_device, is_run, key_value, load_student, read_config, stages
+from models import (HookedModel, build_model, check_maps, choose_device, is_run, key_value, load_student, read_config,
+                    stages)
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)  # shares of energy (EM tables)
 BANDS = (50, 60, 70, 80, 90)  # % of energy (EM, SEP)
 BINS = 100  # DD Section 2.2
 
-# ----------------------------------------------------------------------
-# Metrics of one layer
+# ---------- Metrics of one layer
 
 
 def tokens_of(A):
@@ -52,13 +53,7 @@ def tokens_of(A):
 
 def channel_spectrum(A):
     """DD Eq. 1 and 2: S[k] = mean over B, h, w of |FFT over channels / C|. [B, C, h, w] -> [C]."""
-    C = A.shape[1]
-    return _mirrored(torch.fft.rfft(at_least_float32(tokens_of(A)), dim=-1, norm="forward").abs().mean((0, 1)), C)
-
-
-def _mirrored(half, C):
-    """All C frequencies from the non-negative ones: the spectrum of real values is symmetric."""
-    return torch.cat([half, half[..., 1:(C + 1) // 2].flip(-1)], dim=-1)
+    return torch.fft.fft(at_least_float32(tokens_of(A)), dim=-1, norm="forward").abs().mean((0, 1))
 
 
 def entropy_map(A, lo, hi, bins=BINS):
@@ -67,8 +62,7 @@ def entropy_map(A, lo, hi, bins=BINS):
     [B, C, h, w] -> [B, h, w]. Bins as numpy.histogram's, whose last one is closed; values outside count at the ends.
     """
     tokens = at_least_float32(tokens_of(A)).contiguous()
-    lo, hi = (float(lo), float(hi)) if hi > lo else (float(lo) - 0.5, float(hi) + 0.5)  # as NumPy for constant input
-    edges = torch.from_numpy(np.linspace(lo, hi, bins + 1)).to(tokens)
+    edges = torch.from_numpy(np.histogram_bin_edges([], bins, (float(lo), float(hi)))).to(tokens)
     index = torch.bucketize(tokens, edges[1:-1], right=True)
     counts = tokens.new_zeros(*tokens.shape[:2], bins).scatter_add_(2, index, torch.ones_like(tokens))
     bits = torch.special.entr(counts / A.shape[1]).sum(2) / math.log(2)
@@ -112,7 +106,7 @@ def pca_ranks(X, moment, levels=LEVELS):
 
 
 def ranks_along(axes, X, levels=LEVELS):
-    """The same for axes that are known."""
+    """As pca_ranks, along axes that are known."""
     return _smallest_k((X.double() @ axes).square().sum(1), levels)
 
 
@@ -124,17 +118,12 @@ def _smallest_k(energies, levels):
 
 def sep_curve(X):
     """EM, Spectral Energy Pattern: the cumulative |FFT over channels|^2 of a token, in index order 0..C-1, in % of its
-    whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros, which have no pattern, are left out.
-
-    Channels in no order give the diagonal, be it noise or a model: what leaves it are a mean other than 0 (index 0)
-    and channels like their neighbours.
-    """
-    C = X.shape[-1]
-    tokens = at_least_float32(X.reshape(-1, C))
-    energy = _mirrored(torch.fft.rfft(tokens, dim=-1).abs().square(), C)
+    whole, mean over tokens. [B, N, C] -> [C]. Tokens of zeros are left out. SEP_NOTE says what it can tell."""
+    tokens = at_least_float32(X.reshape(-1, X.shape[-1]))
+    energy = torch.fft.fft(tokens, dim=-1).abs().square()
     energy = energy[energy.sum(-1) > 0]
     if not len(energy):
-        return torch.zeros(C, dtype=tokens.dtype, device=tokens.device)
+        return tokens.new_zeros(tokens.shape[1])
     return 100 * (energy / energy.sum(-1, keepdim=True)).mean(0).cumsum(-1)
 
 
@@ -145,8 +134,7 @@ def sep_bandwidth(curve, levels=BANDS):
     return (first + 1).double() / len(curve)
 
 
-# ----------------------------------------------------------------------
-# What is measured: images, models, null controls
+# ---------- What is measured: images, models, null controls
 
 EMBEDDED = "cait_toy_patch8_32=weights/cait_toy_shapes.safetensors"  # the teacher that lies beside this file
 
@@ -162,8 +150,8 @@ def open_images(name, count, seed):
         found = [lambda i=i: data.to_rgb(dataset[i][0]) for i in range(len(dataset))]
     elif folder.is_dir():
         folder = folder / "val" if (folder / "val").is_dir() else folder
-        paths = sorted(os.path.join(where, file) for where, _, files in os.walk(folder, followlinks=True) for file in files)
-        found = [partial(data.load_image, path) for path in paths if data.is_image(folder, path)]
+        paths = [os.path.join(where, file) for where, _, files in os.walk(folder, followlinks=True) for file in files]
+        found = [partial(data.load_image, path) for path in sorted(paths) if data.is_image(folder, path, [])]
     else:
         raise ValueError(f"{name} is neither a folder of images nor shapes, torch/NAME or hfds/NAME")
     if not found:
@@ -183,36 +171,37 @@ class Subject:
         self.label, self.kind, self.name, self.build, self.device = label, kind, name, build, device
         torch.manual_seed(args.seed)
         model = build(kind != "untrained")
-        blocks = stages(model) or list(range(len(model.feature_info)))
+        blocks = stages(model)
         layers = args.layers or blocks
-        self.model = HookedModel(model, layers).eval().to(device)
-        config = resolve_model_data_config(model)
-        self.transform = create_transform(**{**config, "input_size": config["input_size"][-1]})
+        self.model = HookedModel(model, layers).eval()
+        check_maps(self.model, resolve_model_data_config(model)["input_size"][-1])
+        self.model.to(device)
+        self.transform = create_transform(**resolve_model_data_config(model))
         self.modules = [model.feature_info[layer]["module"] for layer in layers]
         self.numbers, self.depth = [layer - blocks[0] + 1 for layer in layers], len(blocks)
 
-    def maps(self, start, images):
+    def maps(self, start, openers):
         """The feature maps of the layers for one batch of images, the first of which is number `start`."""
-        maps = self.model(images)[1]
-        # MPS knows neither float64 nor eigvalsh: there the model runs, and the CPU measures.
-        return [A.cpu() if A.device.type == "mps" else A for A in maps]
+        images = torch.stack([self.transform(opener()) for opener in openers])
+        maps = self.model(images.to(self.device, non_blocking=True))[1]
+        return [A.cpu() if A.device.type == "mps" else A for A in maps]  # MPS has neither float64 nor eigvalsh
 
 
 class Control:
-    """Maps that hold nothing, shaped as a subject's: Gaussian noise, or one pattern times one weight a token."""
+    """Maps that hold nothing, shaped as a subject's: Gaussian noise, or one channel pattern, weighted by token."""
 
     def __init__(self, label, subject, seed):
-        self.label, self.kind, self.name, self.subject, self.seed = label, "control", label, subject, seed
-        self.device, self.transform, self.modules = subject.device, subject.transform, subject.modules
-        self.numbers, self.depth, self.like = subject.numbers, subject.depth, None
+        self.label, self.kind, self.name = label, "control", label
+        self.subject, self.seed, self.examples = subject, seed, None
+        self.modules, self.numbers, self.depth = subject.modules, subject.numbers, subject.depth
 
-    def maps(self, start, images):
-        generator = torch.Generator().manual_seed(data.seed_of(self.seed, start))
-        self.like, maps = self.like or self.subject.maps(start, images[:1]), []
-        for like in self.like:
-            count, (C, h, w) = len(images), like.shape[1:]
+    def maps(self, start, openers):
+        generator, maps = torch.Generator().manual_seed(data.seed_of(self.seed, start)), []
+        self.examples = self.examples or self.subject.maps(start, openers[:1])
+        for example in self.examples:
+            count, (C, h, w) = len(openers), example.shape[1:]
             shapes = [(count, C, h, w)] if self.label == "white noise" else [(count, C, 1, 1), (count, 1, h, w)]
-            maps.append(math.prod(torch.randn(shape, generator=generator) for shape in shapes).to(like.device))
+            maps.append(math.prod(torch.randn(shape, generator=generator) for shape in shapes).to(example.device))
         return maps
 
 
@@ -249,30 +238,29 @@ def open_model(text, args, device, options, label=None, kind=None, file="student
 
 
 def open_teacher(run, args, device):
-    """The teacher of a run in a list, which is empty if it had none; on `shapes` the embedded one stands in."""
+    """[the teacher of a run], or []; for a run without one on `shapes`, the embedded one."""
     settings = read_config(run)["settings"]
     text, options = EMBEDDED, {}
     if settings["method"] != "none":
         weights = settings["teacher_weights"]
-        text = weights if is_run(weights) else "=".join(filter(None, (settings["teacher"], weights)))
+        text = weights if is_run(weights) else f"{settings['teacher']}={weights}"
         options = {"img_size": settings["img_size"], **(settings["teacher_kwargs"] or {})}
     elif settings["data"] != "shapes":
         return []
-    return [open_model(text, args, device, options, f"teacher {settings['teacher']}", "teacher")]
+    return [open_model(text, args, device, options, f"teacher {text.partition('=')[0]}", "teacher")]
 
 
-# ----------------------------------------------------------------------
-# Streaming over the images
+# ---------- Streaming over the images
 
 RANGES = {"global": "each model over its own range, all its layers together", "layer": "each layer over its own range"}
 
 
-def feature_maps(subject, args, stage):
+def feature_maps(subject, args, task):
     """Yield the feature maps of one batch of images, and the share of all images that are in it."""
-    load, size = args.load, args.batch_size
-    for start in tqdm(range(0, len(load), size), desc=f"{subject.label}: {stage}", leave=False, disable=None):
-        images = torch.stack([subject.transform(get()) for get in load[start:start + size]])
-        yield subject.maps(start, images.to(subject.device, non_blocking=True)), len(images) / len(load)
+    for start in tqdm(range(0, len(args.openers), args.batch_size), desc=f"{subject.label}: {task}", leave=False,
+                      disable=None):
+        openers = args.openers[start:start + args.batch_size]
+        yield subject.maps(start, openers), len(openers) / len(args.openers)
 
 
 @torch.inference_mode()
@@ -313,9 +301,8 @@ def measure(subject, args):
     subject.ranks = {"svd": torch.cat(svd).numpy(), "pca": torch.cat(pca).numpy()}
 
 
-# ----------------------------------------------------------------------
-# Published numbers (EM tables: 99th percentile over 1000 images at 80/90/95/99 % energy; SEP bandwidth at 50..90 %;
-# DD Figs. 1, 5, 6: the layer of the entropy's minimum, counted from 1)
+# ---------- Published numbers: EM's ranks (99th percentile over 1000 images at 80/90/95/99 % energy) and SEP bandwidths
+# (at 50..90 %), the layer of the entropy's minimum, counted from 1, of DD Figs. 1, 5, 6
 
 PUBLISHED = {
     "vit_tiny_patch16_224": dict(svd=(1, 2, 7, 52), pca=(1, 17, 71, 154)),  # 21k
@@ -339,8 +326,7 @@ def published(subject, key):
     return PUBLISHED.get(subject.name, {}).get(key, ()) if subject.kind in ("teacher", "model") else ()
 
 
-# ----------------------------------------------------------------------
-# Numbers to files
+# ---------- Numbers to files
 
 BY_LAYER = {  # a column, an axis and a title for each
     "magnitude": ("mean_abs_activation", "mean |activation|", "Magnitude by layer (DD Eq. 6)"),
@@ -349,7 +335,7 @@ BY_LAYER = {  # a column, an axis and a title for each
 
 
 def stem_of(figure, range_name):
-    """entropy.png is over the papers' range; the others say theirs."""
+    """The papers' range is the plain entropy.png; other ranges add their name."""
     return figure if range_name == "global" else f"{figure}_{range_name}"
 
 
@@ -359,8 +345,8 @@ FILES = {"summary.md", *(f"{stem}.{end}" for end in ("csv", "png") for stem in (
 
 
 def clear(out):
-    """Remove what an earlier call has left in the folder `out`, and nothing else; its summary tells that it was one."""
-    if (out / "summary.md").exists():
+    """Remove an earlier call's files from `out`. Its summary.md or evolution.csv shows that there was one."""
+    if (out / "summary.md").exists() or (out / "evolution.csv").exists():
         for name in FILES:
             (out / name).unlink(missing_ok=True)
 
@@ -404,10 +390,9 @@ def closeness(subject, reference):
     return math.nan if flat else np.corrcoef(ours, theirs)[0, 1], np.abs(np.log2(ours / theirs)).mean()
 
 
-SEP_NOTE = """Beside noise and the rank-1 pattern, because SEP alone says little: the channel index has no order, so a
-token's spectrum over it is flat on average, but for frequency 0, its mean; and the cumulative curve of a flat spectrum
-is the diagonal, .5/.6/.7/.8/.9, whatever the rank. Nearness to it says that neighbouring channels are unrelated, and
-no more. (The symmetry of a real signal's spectrum only mirrors the curve: noise + 1 has .005/.20/.41/.60/.80.)"""
+SEP_NOTE = """Compare with noise and the rank-1 pattern, because SEP alone says little. Channels have no order, so a
+token's spectrum over them is flat on average, except at frequency 0 (its mean). The curve of a flat spectrum is the
+diagonal, .5/.6/.7/.8/.9, whatever the rank: it shows that neighbouring channels are unrelated, and nothing more."""
 
 
 def markdown(title, note, columns, rows):
@@ -433,10 +418,10 @@ def write_summary(subjects, args):
         return *(listed(values, ".3f") for values in bands), f"{(s.sep - s.sep_permuted).abs().mean():.3f}"
 
     first, *others = subjects
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     ends = ("first", "minimum (layer)", "last")
     lines = [
-        f"# {len(args.load)} images of {Path(args.data).name}", "", f"`{command}`",
+        f"# {len(args.openers)} images of {Path(args.data).name}", "", f"`{command}`",
         *markdown("Depth (DD Figs. 1, 2, 5, 6)",
                   "Layers counted from 1. A U falls to a minimum inside and rises again.",
                   ["model", "entropy range", *ends, "published minimum", *(f"magnitude {end}" for end in ends)],
@@ -455,8 +440,7 @@ def write_summary(subjects, args):
     (args.out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------
-# Numbers to pictures: lines differ in dash and marker, so that they can be told apart without colour
+# ---------- Numbers to pictures: lines differ in dash and marker, so that they can be told apart without colour
 
 DASHES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
@@ -472,7 +456,7 @@ def style(i):
 
 
 def save(figure, path, ncols=2):
-    """Write a figure, under it one legend for all its panels."""
+    """Write a figure with one legend below all its panels."""
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
@@ -564,8 +548,7 @@ def draw_all(subjects, out):
     draw_sep(subjects, out / "sep.png")
 
 
-# ----------------------------------------------------------------------
-# Runs: curves, and DD Fig. 4
+# ---------- Runs: curves, and DD Fig. 4
 
 
 def draw_curves(runs, path):
@@ -596,11 +579,14 @@ def evolution(args, device):
         snapshots = sorted(Path(run).glob("epoch_*.pt"))
         if not snapshots or not is_run(run):
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
-        args.load = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
-        panels[run] = [open_model(run, args, device, {}, file=snapshot.name) for snapshot in snapshots]
-        for subject, snapshot in zip(panels[run], snapshots):
+        args.openers = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
+        panels[run], args.layer_ranks = [], False
+        for snapshot in snapshots:
+            subject = open_model(run, args, device, {}, file=snapshot.name)
             subject.epoch = int(snapshot.stem.removeprefix("epoch_"))
             measure(subject, args)
+            del subject.model
+            panels[run].append(subject)
     clear(args.out)
     write_csv(args.out / "evolution.csv", ("run", "epoch", "layer", "module", "range", "entropy_bits"),
               [(run, s.epoch, *row) for run, subjects in panels.items() for s in subjects for row in entropy_rows(s)])
@@ -623,8 +609,7 @@ def draw_evolution(panels, range_name, path):
     save(figure, path, ncols=3)
 
 
-# ----------------------------------------------------------------------
-# The program
+# ---------- The program
 
 
 def make_parser():
@@ -658,7 +643,7 @@ def make_parser():
     return parser
 
 
-def analyse(args, device):
+def analyse_models(args, device):
     """The models of the command line, or those of the newest run: every metric, table and figure."""
     finished = sorted(Path("runs").glob("**/student.safetensors"), key=lambda path: path.stat().st_mtime)
     if not args.models and not finished:
@@ -666,7 +651,7 @@ def analyse(args, device):
     newest = None if args.models else str(finished[-1].parent)
     runs = [text for text in args.models or [newest] if is_run(text)]
     args.data = args.data or (read_config(runs[0])["settings"]["data"] if runs else "shapes")
-    args.load = open_images(args.data, args.images, args.seed)
+    args.openers = open_images(args.data, args.images, args.seed)
     subjects = open_subjects(args, device, newest)
     print(f"on {args.data}: {', '.join(subject.label for subject in subjects)}", flush=True)
     for subject in subjects:
@@ -687,7 +672,10 @@ def main(argv=None):
         if args.layers and args.layers != sorted({*args.layers}):
             raise ValueError(f"--layers {args.layers} must ascend without repeats")
         args.out.mkdir(parents=True, exist_ok=True)
-        (evolution if args.evolution else analyse)(args, device)
+        if args.evolution:
+            evolution(args, device)
+        else:
+            analyse_models(args, device)
     except (ValueError, OSError) as error:
         parser.error(error)
     print(f"done: {args.out}: {', '.join(sorted(name for name in FILES if (args.out / name).exists()))}")

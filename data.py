@@ -1,7 +1,7 @@
 """Data: the embedded `shapes` set, any folder or timm data set, and batches that are the same on every machine.
 
-What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up
-a global batch on (seed, epoch) alone: not on the number of processes, data workers or former interruptions.
+What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up a global
+batch depends on (seed, epoch, batch size, repeats): not on the number of processes or workers, or on interruptions.
 """
 import hashlib
 import multiprocessing
@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-# ----------------------------------------------------------------------
-# shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
+# ---------- shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
 
 SHAPES = ("disk", "square", "triangle", "ring", "star")
 TEXTURES = ("gradient", "stripes", "checker", "noise")
@@ -35,13 +34,9 @@ VAL_SIZE = 4000
 
 def draw_shapes(count, split="train", seed=0):
     """Draw images 0..count-1 of a split. Image i depends on (seed, split, i) only; its class is i mod 20.
-
-    Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core.
-    """
-    splits = {"train": 0, "val": 1}
-    # Row i of a generator's table is the same however many rows are drawn.
-    table = np.random.default_rng([seed, splits[split], 0])
-    pixels = np.random.default_rng([seed, splits[split], 1])
+    Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core."""
+    # Row i of a generator's table does not depend on how many rows are drawn.
+    table, pixels = (np.random.default_rng([seed, ("train", "val").index(split), stream]) for stream in (0, 1))
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
     chunks = [_draw(table.random((n := len(part), 35), np.float32), pixels.random((n, 2, SIZE, SIZE), np.float32), part)
               for part in np.array_split(labels, max(1, count // 1000))]
@@ -96,12 +91,12 @@ def _draw(table, pixels, labels):
 
 
 class Shapes(Dataset):
-    """The embedded set as a map-style data set of (PIL image, label)."""
+    """The embedded set: (PIL image, label)."""
 
     def __init__(self, count, split, label_noise=0.0):
         self.images, self.labels = draw_shapes(count, split)
         draws = torch.from_numpy(np.random.default_rng([0, 2]).random((count, 2)))
-        guesses = (draws[:, 1] * (self.labels.max() + 1)).long()  # a wrong label may be right by chance
+        guesses = (draws[:, 1] * len(SHAPES) * len(TEXTURES)).long()  # a wrong label may be right by chance
         self.labels = torch.where(draws[:, 0] < label_noise, guesses, self.labels)
 
     def __len__(self):
@@ -111,12 +106,11 @@ class Shapes(Dataset):
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy()), int(self.labels[index])
 
 
-# ----------------------------------------------------------------------
-# Opening a data set
+# ---------- Opening a data set
 
 
 class Images(NamedTuple):
-    """A data set: its two halves, its number of classes, their names in order (None where it does not tell)."""
+    """A data set: its two splits, its number of classes, their names in order (None where it does not tell)."""
 
     train: Dataset
     val: Dataset
@@ -128,43 +122,29 @@ class Images(NamedTuple):
 
 
 def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
-    """Open `shapes`, a folder, or a timm data set -> Images.
+    """Open a data set -> Images. Raises ValueError or OSError for what cannot be used.
 
-    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random), a folder that
-    holds train/ and val/ with a folder a class, or a name that timm.data.create_dataset knows (torch/cifar100,
-    hfds/...), which is kept in the folder data/ and downloaded if need be. With `only_val` a folder needs no train/,
-    and may itself be what val/ is otherwise; train is then val. Raises ValueError or OSError for what cannot be used.
+    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random); a folder that
+    holds train/ and val/ with one folder per class; or a name that timm.data.create_dataset knows (torch/cifar100,
+    hfds/...), which is kept in data/. With `only_val` a folder needs no train/ (train is then val) and may itself hold
+    the class folders.
     """
     if name == "shapes":
         names = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
         return Images(Shapes(train_size, "train", label_noise), Shapes(VAL_SIZE, "val"), len(names), names)
     if name.startswith(("torch/", "hfds/")):
         return _open_timm(name)
-    halves = [Path(name) / "train", Path(name) / "val"]
+    folders = [Path(name) / "train", Path(name) / "val"]
     if only_val and Path(name).is_dir():
-        halves = [halves[1] if halves[1].is_dir() else Path(name)]
-    for half in halves:
-        if not half.is_dir():
-            raise ValueError(f"{name} is no data set: give `shapes`, torch/NAME or hfds/NAME, or a folder that holds "
-                             f"train/ and val/ with a folder of images for each class")
-    opened = [_open_folder(half) for half in halves]
-    train, val = opened[0], opened[-1]
+        folders = [folders[1] if folders[1].is_dir() else Path(name)]
+    splits = [Folder(folder) for folder in folders]
+    train, val = splits[0], splits[-1]
     if train.classes != val.classes:
         raise ValueError(f"train/ and val/ of {name} differ in classes: "
                          f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
     if len(train.classes) < 2:
         raise ValueError(f"{name} has one class: there is nothing to tell apart")
     return Images(train, val, len(val.classes), val.classes)
-
-
-def _open_folder(folder):
-    try:
-        dataset = Folder(folder)
-    except ValueError:  # torchvision's, where there are no class folders
-        dataset = ()
-    if not len(dataset):
-        raise ValueError(f"{folder} holds no images: it wants a folder of .jpg, .png, ... for each class")
-    return dataset
 
 
 class Folder(ImageFolder):
@@ -176,23 +156,34 @@ class Folder(ImageFolder):
                          allow_empty=True)
         if others and int(os.environ.get("RANK", 0)) == 0:
             print(f"warning: {len(others)} files in {root} are no images and left out, as {others[0]}", flush=True)
+        self.refuse(not self.samples)
 
     def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        names = sorted(path.name for path in Path(directory).glob("[!.]*/"))
+        self.refuse(not names)
         return names, {name: number for number, name in enumerate(names)}
 
+    def refuse(self, condition):
+        if condition:
+            raise ValueError(f"{self.root} holds no images: give shapes, torch/NAME, hfds/NAME, or a folder that holds "
+                             f"train/ and val/ with one folder of .jpg, .png, ... per class")
 
-def is_image(root, path, others=None):
-    """Whether a file's name is that of an image and not hidden; if it is neither, it joins `others`."""
-    hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
-    found = path.lower().endswith((*IMG_EXTENSIONS, ".jfif"))
-    if others is not None and not hidden and not found:
-        others.append(path)
-    return found and not hidden
+
+def is_image(root, path, others):
+    """Whether a file below `root` is an image by its name. A visible one that is not joins the list `others`."""
+    if any(part.startswith(".") for part in Path(path).relative_to(root).parts):
+        return False
+    if not path.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
+        others += [path]
+        return False
+    return True
 
 
 class BadImage(ValueError):
     """An image that cannot be read."""
+
+
+UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what PIL raises
 
 
 def load_image(path):
@@ -200,29 +191,29 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or train with --skip-bad-images") from None
+    except UNREADABLE as error:
+        raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or use --skip-bad-images") from None
 
 
 def to_rgb(image):
-    """Of 16 bits a channel the upper 8 count. Raises ValueError for integers and floats whose range nobody knows."""
+    """Of 16 bits the upper 8 count. Raises ValueError for integers and floats, whose range nobody knows."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels, of mode {image.mode}, have no known range: save it with 8 bits")
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 bits")
     return image.convert("RGB")
 
 
 def _open_timm(name):
     """A data set of timm.data.create_dataset. The first process of each node downloads while the others wait."""
-    wait = dist.barrier if dist.is_initialized() else int
+    wait = dist.barrier if dist.is_initialized() else tuple  # nothing to wait for
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         wait()
     try:
         train, val = (create_dataset(name, root="data", split=split, is_training=split == "train", download=True)
                       for split in ("train", "validation"))
-    except Exception as error:  # of as many kinds as there are back ends
+    except Exception as error:  # each back end raises its own kind
         raise ValueError(f"cannot open data set {name}: {' '.join(str(error).split())[:200]}") from error
     finally:
         if first:
@@ -232,13 +223,7 @@ def _open_timm(name):
     return Images(train, val, len(names) if names else max(label for _, label in train) + 1, names)
 
 
-def first_size(dataset, skip_bad=False):
-    """The shorter side in px of the first image."""
-    return min(Samples(dataset, lambda image: image, skip_bad)[0, 0][0].size)
-
-
-# ----------------------------------------------------------------------
-# Which samples make up which batch
+# ---------- Which samples make up which batch
 
 
 def seed_of(*numbers):
@@ -247,11 +232,8 @@ def seed_of(*numbers):
 
 
 def training_batches(size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
-    """This process's micro-batches of one epoch, from update `start` on: arrays [b, 2] of (index, repeat).
-
-    `batch_size` is the global batch: `world` processes share each of its `accum` parts. With repeated augmentation
-    (`repeats` > 1) an epoch holds size / repeats images, each `repeats` times in a row.
-    """
+    """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat). `world` processes
+    share each of the `accum` parts of a batch. An epoch holds size / repeats images, each `repeats` times in a row."""
     sampler = RepeatAugSampler(range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
     sampler.set_epoch(seed_of(seed, epoch))
     order = np.fromiter(sampler, np.int64)
@@ -267,8 +249,7 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
     return np.split(keys, range(batch_size, len(keys), batch_size)) if len(keys) else []
 
 
-# ----------------------------------------------------------------------
-# Loaders: images come to the device as bytes and become numbers there
+# ---------- Loaders: images reach the device as uint8 and are normalised there
 
 
 class Loader:
@@ -290,8 +271,15 @@ class TensorLoader(Loader):
 
     def __init__(self, dataset, *, img_size, repeats, skip_bad, **common):
         super().__init__(len(dataset), **common)
-        self.images, self.labels = (x.to(self.device) for x in _as_tensors(dataset, img_size, skip_bad))
         self.repeats = repeats
+        if isinstance(dataset, Shapes) and img_size == SIZE:
+            images, labels = dataset.images, dataset.labels
+        else:
+            transform = create_transform(img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
+            samples = Samples(dataset, transform, skip_bad)
+            decoded = [samples[index, 0] for index in range(len(dataset))]
+            images, labels = torch.stack([image for image, _ in decoded]), torch.tensor([label for _, label in decoded])
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
 
     def load(self, batches, epoch=None):
         """Yield (images [b, 3, S, S], labels [b]) on the device for batches of keys; augmented if in an `epoch`."""
@@ -307,21 +295,9 @@ class TensorLoader(Loader):
             yield self.normalise(images), self.labels[index]
 
 
-def _as_tensors(dataset, img_size, skip_bad):
-    """Decode a whole data set: uint8 [N, 3, S, S], int64 [N]."""
-    if isinstance(dataset, Shapes) and img_size == SIZE:
-        return dataset.images, dataset.labels
-    transform = create_transform(img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
-    samples = Samples(dataset, transform, skip_bad=skip_bad)
-    images, labels = zip(*(samples[index, 0] for index in range(len(dataset))))
-    return torch.stack(images), torch.tensor(labels)
-
-
 def pad_crop_flip(images, draws, padding=4):
-    """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them.
-
-    images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored.
-    """
+    """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them. Images [b, C, S, S] of any
+    dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored."""
     down, right = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
     steps = torch.arange(images.shape[-1], device=images.device)
     ys = down[:, None] + steps  # [b, S]
@@ -331,7 +307,7 @@ def pad_crop_flip(images, draws, padding=4):
 
 
 def at_least_one_bit(level_to_arg, level, hparams):
-    """At full magnitude timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1."""
+    """At one end of its range timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1."""
     return (max(1, level_to_arg(level, hparams)[0]),)
 
 
@@ -340,46 +316,38 @@ for _name in ("Posterize", "PosterizeIncreasing"):  # no lambdas: spawned worker
 
 
 class StreamLoader(Loader):
-    """One half, train or val, of a `Pool` of workers that decode and augment large images."""
+    """One split, train or val, of a `Pool` of workers that decode and augment large images."""
 
     evaluation_batch = 64  # 10 MB at 224 px, for a container's /dev/shm
 
     def __init__(self, pool, split, erasing=None, **common):
-        super().__init__(len(pool.loader.dataset.halves[split].dataset), **common)
+        super().__init__(pool.sizes[split], **common)
         self.pool, self.split, self.erasing = pool, split, erasing
 
     def load(self, batches, epoch=None):
         """As TensorLoader.load."""
-        for images, labels, seeds in self.pool.load(self.split, batches, epoch or 0):
-            images = self.normalise(images.to(self.device, non_blocking=True))
-            if self.erasing:
-                self.erase(images, seeds)
-            yield images, labels.to(self.device, non_blocking=True)
-
-    def erase(self, images, seeds):
-        """timm's random erasing, in place, each image by its own seed: the same in any batch."""
         reseed = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}.get(
             self.device.type, torch.default_generator.manual_seed)
-        for image, seed in zip(images, seeds.tolist()):
-            random.seed(seed)
-            reseed(seed)
-            self.erasing(image)
+        for images, labels, seeds in self.pool.load(self.split, batches, epoch or 0):
+            images = self.normalise(images.to(self.device, non_blocking=True))
+            for image, seed in zip(images, seeds.tolist() if self.erasing else ()):
+                random.seed(seed)  # of its own: the same in any batch
+                reseed(seed)
+                self.erasing(image)
+            yield images, labels.to(self.device, non_blocking=True)
 
 
 class Pool:
-    """Worker processes for both halves of the data, started once, at the first batch.
+    """Worker processes for both splits, started once, at the first batch. Keys travel with each batch, so that no state
+    of a former epoch leaks into this one. Fork is the cheapest start, and safe on Linux."""
 
-    Keys travel with each batch, so no state of a former epoch can leak into this one. Fork is the cheapest start and
-    safe on Linux, as long as workers leave the accelerator alone; elsewhere, or if asked for, spawn or forkserver.
-    """
-
-    def __init__(self, halves, seed, workers, pin_memory):
-        self.batches = []
+    def __init__(self, splits, seed, workers, pin_memory):
+        self.batches, self.sizes = [], [len(samples.dataset) for samples in splits]
         asked = multiprocessing.get_start_method(allow_none=True)
         context = asked or ("fork" if sys.platform == "linux" else "spawn")
         parallel = dict(num_workers=workers, multiprocessing_context=context, persistent_workers=True,
-                        worker_init_fn=own_group) if workers else {}
-        self.loader = DataLoader(Halves(halves, seed), batch_sampler=self.batches, pin_memory=pin_memory, **parallel)
+                        worker_init_fn=leave_process_group) if workers else {}
+        self.loader = DataLoader(Splits(splits, seed), batch_sampler=self.batches, pin_memory=pin_memory, **parallel)
 
     def load(self, split, batches, epoch):
         """Yield (uint8 images [b, 3, S, S], labels [b], a seed for each image [b])."""
@@ -387,23 +355,23 @@ class Pool:
         return iter(self.loader)
 
 
-def own_group(worker):
-    """Leave the process group: a signal to all of it (Ctrl-C, torchrun) is the main process's to answer."""
+def leave_process_group(worker):
+    """Only the main process answers Ctrl-C and torchrun's signals."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 
 
-class Halves(Dataset):
+class Splits(Dataset):
     """Samples of two data sets by (split, epoch, index, repeat): uint8 image, label, and a seed of its own."""
 
-    def __init__(self, halves, seed):
-        self.halves, self.seed = halves, seed
+    def __init__(self, splits, seed):
+        self.splits, self.seed = splits, seed
 
     def __getitem__(self, key):
         split, epoch, index, repeat = key
         digest = hashlib.blake2s(repr((self.seed, epoch, index, repeat)).encode(), digest_size=4).digest()
         seed = int.from_bytes(digest, "little")  # seed_of is 0.1 ms slower: 2 % of an image
-        return *self.halves[split][index, seed], seed
+        return *self.splits[split][index, seed], seed
 
 
 def default_workers():
@@ -413,10 +381,8 @@ def default_workers():
 
 
 class Samples(Dataset):
-    """samples[index, seed]: an image through the transform, whose randomness starts from the seed, and its label.
-
-    An image that cannot be read raises BadImage, or with `skip_bad` the next one that can be takes its place.
-    """
+    """samples[index, seed]: an image through the transform, whose randomness starts from the seed, and its label. An
+    unreadable image raises BadImage; with `skip_bad` the next readable one replaces it."""
 
     def __init__(self, dataset, transform, skip_bad=False):
         self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
@@ -430,7 +396,7 @@ class Samples(Dataset):
             try:
                 image, label = self.dataset[index % len(self.dataset)]
                 return self.transform(to_rgb(image)), label
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 if not self.skip_bad:
                     raise BadImage(str(error) if isinstance(error, BadImage) else f"image {index}: {error}") from None
         raise BadImage("none of the images can be read")
@@ -438,19 +404,17 @@ class Samples(Dataset):
 
 def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1, workers=2, crop_pct=0.875,
                   auto_augment=None, color_jitter=None, random_erasing=0.0, skip_bad_images=False):
-    """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
-
-    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, as the last five arguments have it, in
-    `workers` processes for both (0: in this one).
-    """
+    """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above. Below 64 px:
+    pad-crop and flip. From 64 px: timm's ImageNet pipeline in `workers` processes for both (0: in this one)."""
     common = dict(mean=mean, std=std, device=device, seed=seed)
     if img_size < 64:
         return tuple(TensorLoader(dataset, img_size=img_size, repeats=repeats, skip_bad=skip_bad_images, **common)
                      for dataset in (train, val))
-    as_bytes = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std, use_prefetcher=True)
-    transforms = (as_bytes(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
-                  as_bytes(crop_pct=crop_pct))
-    halves = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]
-    pool = Pool(halves, seed, workers, pin_memory=device.type == "cuda")
+    make_transform = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
+                             use_prefetcher=True)  # as bytes
+    transforms = (make_transform(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
+                  make_transform(crop_pct=crop_pct))
+    splits = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]
+    pool = Pool(splits, seed, workers, pin_memory=device.type == "cuda")
     erasing = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
     return StreamLoader(pool, 0, erasing, **common), StreamLoader(pool, 1, **common)

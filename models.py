@@ -14,6 +14,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -23,17 +24,15 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 
-# ----------------------------------------------------------------------
-# Hooks
+# ---------- Hooks
 
 
 class HookedModel(nn.Module):
     """A timm model that also returns the feature maps of the chosen layers (indices into `feature_info`).
 
-    forward: images [B, 3, H, W] -> logits [B, K], maps: list of [B, C, h, w] in the order of `layers`; equal to
-    timm's `forward_intermediates(norm=False)`. With `mean` and `std`, those the images were normalised with, a
-    model trained with others sees its own. Raises ValueError for a layer that the model does not have.
-    """
+    forward: images [B, 3, H, W] -> logits [B, K], maps: list of [B, C, h, w] in the order of `layers`; equal to timm's
+    `forward_intermediates(norm=False)`. `mean`, `std`: what the images were normalised with; a model trained with
+    others gets them renormalised. Raises ValueError for a layer that the model does not have."""
 
     def __init__(self, model, layers=(), mean=None, std=None):
         super().__init__()
@@ -42,8 +41,10 @@ class HookedModel(nn.Module):
             if not 0 <= layer < len(model.feature_info):
                 raise ValueError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to "
                                  f"{len(model.feature_info) - 1}")
+            module = dict(model.named_modules()).get(model.feature_info[layer]["module"])
+            if not module:
+                raise ValueError(f"timm does not tell where {type(model).__name__} has its layers")
             # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
-            module = model.get_submodule(model.feature_info[layer]["module"])
             module.register_forward_hook(partial(self._keep, layer))
         self.channels = [model.feature_info[layer]["num_chs"] for layer in self.layers]
         own = statistics(model)
@@ -89,8 +90,8 @@ def stages(model):
 
 @torch.no_grad()
 def check_maps(hooked, img_size):
-    """Try a HookedModel on two random images -> its maps. Raises ValueError if it fails or differs from timm's own
-    forward_intermediates: hooks do not know how a model of any family lays out its tokens."""
+    """Try a HookedModel on two random images -> its maps. Raises ValueError if it fails, or differs from timm's own
+    forward_intermediates: hooks cannot know how every family of models lays out its tokens."""
     name = hooked.model.pretrained_cfg.get("architecture") or type(hooked.model).__name__
     images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
     try:
@@ -100,7 +101,7 @@ def check_maps(hooked, img_size):
                                                           intermediates_only=True)
     except Exception as error:  # whatever a family of models raises on images or layers that it was not made for
         raise ValueError(f"{name} fails on images of {img_size} px: {one_line(error)}") from error
-    if len(maps) != len(expected) or not all(A.shape == B.shape and A.allclose(B) for A, B in zip(maps, expected)):
+    if not all(A.shape == B.shape and A.allclose(B) for A, B in zip(maps, expected, strict=True)):
         raise ValueError(f"the feature maps of {name} cannot be read by hooks on its layers {hooked.layers}")
     return maps
 
@@ -124,17 +125,16 @@ def pair_layers(student, teacher, settings):
     return layers_s, layers_t
 
 
-# ----------------------------------------------------------------------
-# Student variants (EM)
+# ---------- Student variants (EM)
 
 
 def plain(name, teacher_width=None, **kwargs):
     """Any timm model."""
     try:
         model = timm.create_model(name, **kwargs)
-        if not model.feature_info:
-            raise LookupError("it has no layers")
-        return model
+        if model.feature_info:
+            return model
+        raise LookupError("it has no layers")
     except (RuntimeError, TypeError, AssertionError, ArithmeticError, LookupError) as error:
         raise ValueError(f"cannot build {name}: {one_line(error)}") from error
 
@@ -150,7 +150,8 @@ def lifted(name, teacher_width, **kwargs):
     """EM Lift: the last block's tokens go through Linear(C_s -> C_t, no bias) and LayerNorm. The lifted map is
     the last layer's feature map and stays at inference: the classifier reads the mean over its patch tokens."""
     model = _vit(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
-    model.blocks[-1] = nn.Sequential(model.blocks[-1], *_lift(model.embed_dim, teacher_width))
+    lift = nn.Linear(model.embed_dim, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
+    model.blocks[-1] = nn.Sequential(model.blocks[-1], *lift)
     model.norm = nn.Identity()  # the lift has brought its own
     return _widen_head(model, teacher_width)
 
@@ -166,16 +167,13 @@ def widened(name, teacher_width, **kwargs):
     for name, module in model.blocks[-1].named_children():
         if name.startswith("drop_path"):  # of the last block's rate; alone, a block would have that of the first
             setattr(wide.blocks[0], name, module)
-    model.blocks[-1] = nn.Sequential(*_lift(model.embed_dim, teacher_width), wide.blocks[0])
+    lift = nn.Linear(model.embed_dim, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
+    model.blocks[-1] = nn.Sequential(*lift, wide.blocks[0])
     model.norm, model.fc_norm = wide.norm, wide.fc_norm
     return _widen_head(model, teacher_width)
 
 
 VARIANTS = {"plain": plain, "lifted": lifted, "widened": widened}
-
-
-def _lift(width, teacher_width):
-    return nn.Linear(width, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
 
 
 def _widen_head(model, width):
@@ -184,22 +182,18 @@ def _widen_head(model, width):
     return model
 
 
-# ----------------------------------------------------------------------
-# Building
+# ---------- Building
 
 
 def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_width=None, pretrained=False,
                 weights=None, random_head=False, **timm_kwargs):
     """Build a timm model, or a student variant of it, with weights from the hub or from a local file.
 
-    `teacher_width`: C_t, needed by the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file, loaded without
-    unpickling code. A checkpoint for another number of classes is an error, unless `random_head` asks for a fresh
-    classifier (DD Table 2). Raises ValueError for whatever does not fit.
+    `teacher_width`: C_t, for the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file. A checkpoint for another
+    number of classes is an error, unless `random_head` asks for a fresh classifier (DD Table 2). Raises ValueError.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models('*part_of_name*') lists what it has")
-    if variant != "plain" and not teacher_width:
-        raise ValueError(f"a {variant} student needs the width of a teacher's last layer")
     size = dict(input_size=(3, img_size, img_size)) if img_size else {}  # for timm's transforms
     if img_size and timm.get_pretrained_cfg(name).fixed_input_size:  # CNNs take any size and have no such argument
         timm_kwargs["img_size"] = img_size
@@ -224,8 +218,8 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}{headless}: "
                              f"{one_line(error)}") from error
         if found and found[0] != num_classes:
-            raise ValueError(f"{weights} was trained for {found[0]} classes and the data has {num_classes}: "
-                             f"use a checkpoint trained on this data, or --teacher-head random")
+            raise ValueError(f"{weights} has {found[0]} classes and the data {num_classes}: take weights trained on this "
+                             f"data, or --teacher-head random")
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"{weights} holds NaN or infinity: it cannot be used")
         return model
@@ -233,7 +227,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         check_pretrained_classes(name, num_classes, random_head)
         return _from_hub(name, create)
     model = create()
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = np.max(getattr(getattr(model, "patch_embed", None), "patch_size", 1))  # an int or a pair
     if img_size and img_size % patch:
         raise ValueError(f"{name} cannot cut an image of {img_size} px into patches of {patch}: choose a multiple")
     return model
@@ -250,13 +244,12 @@ def _from_hub(name, create):
     try:
         return create(pretrained=True)
     except Exception as error:  # hub, network and cache errors of many kinds
-        raise ValueError(f"cannot fetch the pretrained weights of {name} (give a local file "
-                         f"instead): {one_line(error)}") from error
+        raise ValueError(f"cannot fetch the pretrained weights of {name}, give a file: {one_line(error)}") from error
 
 
 def _hint(state):
     """What a file says of itself, for the message that it does not fit."""
-    if not {"pos_embed", "patch_embed.proj.weight"} <= state.keys():
+    if not {"pos_embed", "patch_embed.proj.weight"} <= state.keys() or state["pos_embed"].ndim != 3:
         return ""
     positions, width = state["pos_embed"].shape[1:]
     size = int(positions ** 0.5) * state["patch_embed.proj.weight"].shape[-1]  # less a class token, if there is one
@@ -264,7 +257,6 @@ def _hint(state):
     return f" but a model of {len(state.get('head.weight', ()))} classes, width {width}, depth {depth}, {size} px"
 
 
-@torch.no_grad()
 def start_from(model, name, source, img_size, variant="plain"):
     """Copy into a student what fits of pretrained weights -> one line that counts what is new and what found no place.
 
@@ -280,22 +272,22 @@ def start_from(model, name, source, img_size, variant="plain"):
         classes = [len(state[f"{c}weight"]) for c in _classifiers(name) if f"{c}weight" in state]
         with contextlib.suppress(ValueError):  # else as it is: cut, grown, or without a head
             state = build_model(name, num_classes=(classes or [0])[0], img_size=img_size, weights=file).state_dict()
-    own, taken = model.state_dict(), {}
+    own, origins = model.state_dict(), {}
     last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
     for key, value in own.items():
         # A lifted student's last block is the first part of a sequence.
         origin = key.replace(f"{last}0.", last) if variant == "lifted" and key not in state else key
         if origin in state and state[origin].shape == value.shape and state[origin].isfinite().all():
-            value.copy_(state[origin])
-            taken[key] = origin
-    new, left = [key for key in own if key not in taken], [key for key in state if key not in {*taken.values()}]
-    count = {what: sum(value.numel() for value in values) for what, values in (
-        ("all", own.values()), ("given", state.values()), ("taken", [own[key] for key in taken]))}
-    if count["taken"] < min(count["all"], count["given"]) / 2:
+            origins[key] = origin
+    fitting = {key: state[origin] for key, origin in origins.items()}
+    new, left = [key for key in own if key not in origins], [key for key in state if key not in origins.values()]
+    copied, total, offered = (sum(value.numel() for value in each.values()) for each in (fitting, own, state))
+    if copied < min(total, offered) / 2:
         raise ValueError(f"{source} does not hold weights of {name} ({variant}){_hint(state)}")
+    model.load_state_dict(fitting, strict=False)
     head = " (classifier drawn afresh)" if any(key.startswith(_classifiers(name)) for key in new) else ""
-    return (f"{name} starts from {source}: {count['taken']:,} of {count['all']:,} values; new{head}: {_names(new)}; "
-            f"without a place: {_names(left)}")
+    return (f"{name} starts from {source}: {copied:,} of {total:,} values; new{head}: {_names(new)}; without a place: "
+            f"{_names(left)}")
 
 
 def _names(keys):
@@ -305,18 +297,18 @@ def _names(keys):
 
 
 def load_student(run, file="student.safetensors", trained=True):
-    """The student of a run's folder, whole: plain, lifted or widened, with the weights that `file` of it holds
-    (student.safetensors, best.pt, epoch_0030.pt, ...), or its untrained twin. Raises ValueError if it is not there."""
+    """The student of a run's folder, plain, lifted or widened, with the weights of a `file` of it (student.safetensors,
+    best.pt, epoch_0030.pt, ...), or its untrained twin. Raises ValueError if it is not there."""
     path, config = Path(run) / file, read_config(run)
-    settings, width, classes = config["settings"], None, config["images"]["classes"]
+    settings, width = config["settings"], None
     if not path.is_file():
         raise ValueError(f"{run} has no {file}: the run has not got there yet")
     if settings["variant"] != "plain":
-        width = read_weights(path)["head.weight"].shape[1]  # of the teacher, whose last layer it has
-    model = build_model(settings["student"], num_classes=classes, img_size=settings["img_size"],
-                        variant=settings["variant"], teacher_width=width, weights=path if trained else None,
-                        **settings["student_kwargs"] or {})
-    if settings["img_size"] >= 64:  # timm's transforms then see what validation saw
+        width = read_weights(path)["head.weight"].shape[1]  # C_t
+    model = build_model(
+        settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"], teacher_width=width,
+        variant=settings["variant"], weights=path if trained else None, **(settings["student_kwargs"] or {}))
+    if settings["img_size"] >= 64:  # timm's transforms then crop as validation did
         model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
     return model
 
@@ -339,15 +331,13 @@ def check_pretrained_classes(name, num_classes, random_head=False):
     """Raise ValueError if timm's pretrained classifier is not one of `num_classes` and none was asked for."""
     trained = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else num_classes
     if trained != num_classes and not random_head:
-        raise ValueError(f"the pretrained {name} has {trained} classes and the data has {num_classes}: give a "
-                         f"checkpoint trained on this data with --teacher-weights, or --teacher-head random")
+        raise ValueError(f"the pretrained {name} has {trained} classes and the data {num_classes}: take --teacher-weights "
+                         f"trained on this data, or --teacher-head random")
 
 
 def read_weights(path):
-    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one.
-
-    A relative path is looked up in the working folder, then beside this file, where the embedded teacher lies.
-    """
+    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one. A relative path
+    may start from the working folder or from this file's, where the embedded teacher lies."""
     try:
         state = load_state_dict(path if Path(path).exists() else HERE / path, use_ema=False, weights_only=True)
     except FileNotFoundError:
@@ -356,7 +346,8 @@ def read_weights(path):
         raise ValueError(f"{path} holds more than tensors and is not read: save model.state_dict() alone") from None
     except Exception as error:  # cut short or foreign
         raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {one_line(error)}") from error
-    states = [each for each in (state, *state.values()) if isinstance(each, dict) and all(map(torch.is_tensor, each.values()))]
+    states = [each for each in (state, *state.values())
+              if isinstance(each, dict) and all(map(torch.is_tensor, each.values()))]
     if len(states) != 1:
         raise ValueError(f"{path} holds {', '.join(map(str, state))}: save the state_dict that is meant alone")
     return states[0]
@@ -364,10 +355,8 @@ def read_weights(path):
 
 def digest(model):
     """A fingerprint of a model's weights."""
-    found = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        found.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    values = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values()]
+    return hashlib.blake2b(b"".join(values), digest_size=8).hexdigest()
 
 
 def one_line(error):
@@ -382,8 +371,8 @@ def key_value(text):
 
 
 def build_teacher(name, source, *, num_classes, img_size, random_head=False, needed=True, blank=False, **timm_kwargs):
-    """The teacher with the weights of a file, of a run's folder, of timm, or random ones: if `source` says so, if only
-    its shape is `needed`, or all is to be `blank`."""
+    """The teacher with the weights of a file, of a run's folder or of timm; with random ones if `source` says so, if
+    its output is not `needed`, or for a `blank` trial."""
     blank = blank or not needed or source == "random"
     if is_run(source):
         return load_student(source, trained=not blank)
@@ -393,26 +382,23 @@ def build_teacher(name, source, *, num_classes, img_size, random_head=False, nee
                        pretrained=not blank and not source, weights=None if blank else source)
 
 
-def taught_by(source):
-    """If a teacher's weights are a run's folder: what its config.json says of the teacher, else nothing."""
-    if not is_run(source):
-        return {}
-    settings = read_config(source)["settings"]
-    return {"teacher": settings["student"], "teacher_kwargs": settings["student_kwargs"] or {},
-            "img_size": settings["img_size"]}
+def settings_of(student, teacher_weights):
+    """The settings that follow from a student's name (its image size) and from a teacher's run, if it has one."""
+    settings = {}
+    if student and timm.is_model(student):
+        settings["img_size"] = timm.get_pretrained_cfg(student).input_size[-1]
+    if is_run(teacher_weights):
+        of_run = read_config(teacher_weights)["settings"]
+        settings.update(teacher=of_run["student"], teacher_kwargs=of_run["student_kwargs"] or {},
+                        img_size=of_run["img_size"])
+    return settings
 
 
-def native_size(name):
-    """The image size of a timm model as a setting, if there is such a model."""
-    return {"img_size": timm.get_pretrained_cfg(name).input_size[-1]} if name and timm.is_model(name) else {}
-
-
-# ----------------------------------------------------------------------
-# Devices
+# ---------- Devices
 
 
 def choose_device(name=None):
-    """The device of this process: the one asked for, else cuda, else mps, else cpu. Raises ValueError if there is none."""
+    """This process's device: the one asked for, else cuda, else mps, else cpu. Raises ValueError if there is none."""
     processes, cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.is_available()
     mps = int(torch.backends.mps.is_available())
     name = name or ("cuda" if cuda else "mps" if mps and processes == 1 else "cpu")
@@ -428,7 +414,7 @@ def choose_device(name=None):
 
 
 def default_amp(device, img_size):
-    """bfloat16 from 64 px where the device computes in it (T4 and V100 only emulate it); below it slows the student."""
+    """Both models in bfloat16 from 64 px where the device computes in it (T4 and V100 only emulate it), else off."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -443,8 +429,7 @@ def cpu_info(key):
     return ""
 
 
-# ----------------------------------------------------------------------
-# The toy pair: 12 layers each, 32 x 32 pixels in patches of 8 x 8, hence 4 x 4 tokens; the teacher is twice as wide
+# ---------- The toy pair: 12 layers each, 32 x 32 pixels in 4 x 4 patches; the teacher is twice as wide
 
 _toy_cfg = dict(num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, mean=(0.5, 0.5, 0.5),
                 std=(0.5, 0.5, 0.5), interpolation="bicubic", first_conv="patch_embed.proj", classifier="head")
@@ -454,8 +439,7 @@ default_cfgs = generate_default_cfgs({"cait_toy_patch8_32": _toy_cfg, "deit_toy_
 def _toy(model_class, name, pretrained, **kwargs):
     model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=dict(feature_cls="getter"), **kwargs)
     if not pretrained:
-        # timm draws weights with a standard deviation of 0.02, made for hundreds of channels; at 48 to 96 the
-        # signal would all but vanish in the blocks, and a short training would be over before it came back.
+        # timm draws weights for hundreds of channels; at 48 to 96 the signal would all but vanish in the blocks.
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -466,14 +450,13 @@ def _toy(model_class, name, pretrained, **kwargs):
 
 @register_model
 def cait_toy_patch8_32(pretrained=False, **kwargs):
-    """A CaiT of 12 self-attention blocks and one class-attention block, 96 channels wide: 1.5 M parameters."""
+    """A CaiT of 12 self-attention blocks and one of class attention, 96 channels wide: 1.5 M parameters."""
     args = dict(img_size=32, patch_size=8, embed_dim=96, depth=12, num_heads=4, depth_token_only=1, init_values=0.1)
     return _toy(Cait, "cait_toy_patch8_32", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def deit_toy_patch8_32(pretrained=False, **kwargs):
-    """A DeiT of 12 blocks, 48 channels wide: 0.35 M parameters. LayerScale, as in CaiT, and normalised queries and
-    keys: without them seeds differ by several points."""
+    """A DeiT of 12 blocks, 48 channels wide: 0.35 M parameters. LayerScale and qk_norm bring its seeds together."""
     args = dict(img_size=32, patch_size=8, embed_dim=48, depth=12, num_heads=3, init_values=0.1, qk_norm=True)
     return _toy(VisionTransformer, "deit_toy_patch8_32", pretrained, **{**args, **kwargs})

@@ -801,9 +801,10 @@ def test_maps_leave_mps():
     args = analyze.make_parser().parse_args(["--models", "cait_toy_patch8_32=random"])
     subject, noise, pattern = analyze.open_subjects(args, CPU)
     with FakeTensorMode():
+        subject.transform = lambda image: torch.empty(3, 32, 32)
         subject.model = lambda images: (None, [torch.empty(len(images), 96, 4, 4, device="mps") for _ in range(12)])
         for each in (subject, noise, pattern):
-            maps = each.maps(0, torch.empty(2, 3, 32, 32))
+            maps = each.maps(0, [lambda: None] * 2)
             assert [(A.device.type, A.shape) for A in maps] == [("cpu", (2, 96, 4, 4))] * 12
 
 
@@ -825,7 +826,7 @@ def test_measure_streams(tmp_path, monkeypatch):
     args = analyze.make_parser().parse_args(flags)
     subject, load = analyze.open_subjects(args, CPU)[0], analyze.open_images("shapes", 7, 0)
     with torch.no_grad():
-        maps = subject.maps(0, torch.stack([subject.transform(get()) for get in load]))
+        maps = subject.maps(0, load)
     lo, hi = min(A.min() for A in maps).item(), max(A.max() for A in maps).item()
     rows = [line.split(",") for line in (tmp_path / "7" / "entropy.csv").read_text().splitlines()]
     ours = [float(row[-1]) for row in rows if row[0] == model and row[3] == "global"]

@@ -6,14 +6,12 @@
     torchrun --nproc_per_node=4 train_kd.py --data /data/imagenet --first 1 --last 1
     python train_kd.py --data DIR --student NAME --student-weights pretrained --teacher-weights runs/teacher
     python train_kd.py --eval --out runs/spectral       # accuracy of a run's student
-    python train_kd.py ... --dry-run                    # build everything, print it, train nothing
 """
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads spin while another one waits for their core
 
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -28,11 +26,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, ParseKwargs
@@ -52,22 +50,22 @@ IMAGENET = dict(  # DD appendix C.3 and the released code: DeiT's recipe without
     teacher="cait_s24_224",  # timm model that teaches
     teacher_weights="",  # a file, a run's folder or random; else timm's pretrained
     img_size=224,  # px; by default the student's own
-    epochs=300,  # passes over the training images
-    batch_size=2048,  # global; by default lower if a small set would have under 20 updates an epoch
+    epochs=300,  # of training
+    batch_size=2048,  # global; by default lower for a small set, to have 20 updates an epoch
     accum=1,  # gradient accumulation steps
-    lr=2e-3,  # peak; by default scales with a typed batch, with the square root of a lowered one
-    min_lr=1e-5,  # final rate of the cosine
-    warmup_lr=1e-6,  # first rate of the warm-up
+    lr=2e-3,  # peak; by default scales with a typed batch, or the square root of a lowered one
+    min_lr=1e-5,  # at the end of the cosine
+    warmup_lr=1e-6,  # at the start of the warm-up
     warmup_epochs=5.0,  # length of the warm-up
     weight_decay=0.05,  # of AdamW
     ema_decay=0.99996,  # decay of the averaged student (EMA)
     repeats=3,  # copies of each image in a batch (repeated augmentation)
-    auto_augment="rand-m9-mstd0.5-inc1",  # timm's RandAugment; this and the next three from 64 px
+    auto_augment="rand-m9-mstd0.5-inc1",  # timm's RandAugment; this and the next three: from 64 px
     color_jitter=0.4,  # strength
     random_erasing=0.25,  # probability
     crop_pct=0.875,  # share of the image that evaluation looks at
     train_size=4000,  # training images of shapes to draw
-    label_noise=0.2,  # share of the training labels of shapes that are drawn at random
+    label_noise=0.2,  # share of the training labels of shapes that are random
     seed=0)  # of everything random
 TOY = dict(IMAGENET, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", img_size=32, epochs=30, batch_size=64,
            warmup_epochs=2.0, ema_decay=0.99, repeats=1)
@@ -120,7 +118,7 @@ def train(run):
 
         terms = {name: value / steps for name, value in mean_sums(run).items()}
         training_seconds = max(time.perf_counter() - began, 1e-9)
-        save(run)  # if the evaluation is killed nothing is lost
+        save(run)  # an evaluation may be killed
         student, ema = evaluate([run.student, run.ema.module], run.val_loader, run.autocast("student"))
         run.log.append({"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"],
                         "loss": sum(terms.values()), "terms": terms, "top1": student[0], "top5": student[1],
@@ -240,7 +238,7 @@ def build(args, classes):
 
 
 class Run:
-    """What the loop works with, and how far it is: `step` updates, `log` of epochs, `sums` of this epoch's terms."""
+    """What the loop works with, and how far it is: `step` updates, `log` of epochs, `sums` of the epoch's terms."""
 
     def __init__(self, args, device, teacher, distiller, loaders):
         self.args, self.out, self.device = args, Path(args.out), device
@@ -260,11 +258,7 @@ class Run:
         self.ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if WORLD > 1 else distiller
 
     def autocast(self, who):
-        return autocast(self.args, self.device, who)
-
-
-def autocast(args, device, who):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp in (who, "both"))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp in (who, "both"))
 
 
 @torch.no_grad()
@@ -277,37 +271,34 @@ def describe(args, teacher, distiller, dataset):
         copy.deepcopy(distiller).train()(images, torch.zeros(len(images)).long(), teacher(images) if teacher else None)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{args.method} with {args.student}: {models.one_line(error)}") from error
+    counts = {who: sum(p.numel() for p in part.parameters())
+              for who, part in {"method": distiller.method, **hooked}.items()}
+    status, commit = subprocess.getstatusoutput(
+        f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40')
     return {"settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
-            "parameters": {who: sum(p.numel() for p in part.parameters())
-                           for who, part in {"method": distiller.method, **hooked}.items()},
+            "parameters": counts, "commit": None if status else commit,
             "layers": {"teacher": [], **{who: model.layers for who, model in hooked.items()}},
             "maps": {who: [[*A.shape[1:]] for A in found] for who, found in maps.items()},
-            "images": dataset.counts(), "class_names": dataset.names, "commit": git_commit(),
+            "images": dataset.counts(), "class_names": dataset.names,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
             "teacher_digest": models.digest(teacher) if teacher else "", "command": shlex.join(sys.argv)}
-
-
-def git_commit():
-    status, text = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 '
-                                              f'--exclude="*"')
-    return text if status == 0 else None
 
 
 # ---------- Files
 
 
 def write(path, save_to):
-    """Write to another file and rename it: a crash or a full disk leaves the former one whole. Raises OSError."""
+    """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_to(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
-        with contextlib.suppress(OSError):
+        if temporary.exists():
             temporary.unlink()
-        raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run that writes there, or "
-                      f"choose another --out") from error
+        raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run that writes there, "
+                      f"or choose another --out") from error
 
 
 def write_text(path, text):
@@ -336,7 +327,7 @@ def load(run):
         run.step, run.log = state["step"], state["log"]
         run.sums = {name: torch.tensor(value, device=run.device) for name, value in state["sums"].items()}
     except Exception as error:  # cut short, foreign, or a pickle with code
-        raise ValueError(f"{path} is damaged or foreign ({models.one_line(error)}): restore it or --overwrite") from error
+        raise ValueError(f"{path} is damaged or foreign ({models.one_line(error)}): --overwrite it") from error
     refuse(run.step > run.args.epochs * run.steps, f"the run is beyond --epochs {run.args.epochs} already")
 
 
@@ -380,7 +371,7 @@ def finish(run):
     """The weights of the student and of its EMA."""
     for name, student in (("student", run.student), ("student_ema", run.ema.module)):
         weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
-        write(run.out / f"{name}.safetensors", lambda part: part.write_bytes(safetensors.torch.save(weights)))
+        write(run.out / f"{name}.safetensors", partial(save_file, weights))
     say(f"done: {run.out}: top-1 {run.log[-1]['top1']:.2f} %, EMA {run.log[-1]['ema_top1']:.2f} %; curves and layers: "
         f"python analyze.py --models {run.out}")
 
@@ -396,12 +387,12 @@ OTHERS = dict(  # flags that no recipe decides
     teacher_head="pretrained",  # random: it has none for this data (DD Table 2)
     first=0,  # align the first X layers; by default the method's choice
     last=0,  # align the last Y; one alone makes the other 0
-    student_layers=[],  # explicit ones, ascending, timm's indices from 0
+    student_layers=[],  # explicit, ascending, timm's indices from 0
     teacher_layers=[],  # the teacher's, as many
     data="shapes",  # shapes, a folder with train/ and val/, torch/NAME, hfds/NAME
     skip_bad_images=False,  # replace an unreadable image by the next
     workers=-1,  # data processes; by default one a core
-    device="",  # by default cuda, else mps (Apple), else cpu
+    device="",  # by default cuda, else mps, else cpu
     amp="",  # bfloat16; by default both from 64 px if the device computes in it
     compile=False,  # torch.compile both models
     out="",  # folder of the run; by default runs/METHOD
@@ -439,17 +430,14 @@ def make_parser():
             kind.update(nargs="?", const="both")
         values = ", ".join({str(recipe.get(name, "")): 0 for recipe in RECIPES.values()})
         parser.add_argument(flags([name]), help=f"{helps[name]} ({values})".removesuffix(" ()"), **kind)
-    takers = {}
-    for method in METHODS.values():
-        for name, (default, text) in method.options().items():
-            if default is None or name in {**IMAGENET, **OTHERS}:
-                fail(f"losses.{method.__name__}: the argument {name!r} wants a default other than None and a name of its "
-                     f"own, not a setting's")
-            takers.setdefault(name, []).append((method.name, default, text))
-    for name, [(_, default, text), *_] in sorted(takers.items()):
-        text += f" ({', '.join(f'{method} {value}' for method, value, _ in takers[name])})"
+    options = {name: (default, text, method) for method in METHODS.values()
+               for name, (default, text) in method.options().items()}
+    for name, (default, text, method) in sorted(options.items()):
+        if default is None or name in {**IMAGENET, **OTHERS}:
+            fail(f"losses.{method.__name__}: its argument {name!r} is a setting's name, or wants a default")
+        values = [f"{key} {each.options()[name][0]}" for key, each in METHODS.items() if name in each.options()]
         kind = dict(action=argparse.BooleanOptionalAction) if type(default) is bool else dict(type=type(default))
-        parser.add_argument(flags([name]), help=text.replace("%", "%%"), **kind)
+        parser.add_argument(flags([name]), help=f"{text} ({', '.join(values)})".replace("%", "%%"), **kind)
     return parser
 
 
@@ -467,8 +455,8 @@ def resolve(typed, device):
     given = {**saved, **typed}
     known = {**OTHERS, **RECIPES["shapes"], **given}
     dataset = data.open_data(known["data"], known["train_size"], known["label_noise"], only_val=known["eval"])
-    of_models = {**models.native_size(given.get("student")), **models.taught_by(given.get("teacher_weights"))}
-    pixels = {**of_models, **given}.get("img_size") or data.first_size(dataset.train, known["skip_bad_images"])
+    of_models = models.settings_of(given.get("student"), given.get("teacher_weights"))
+    pixels = {**of_models, **given}.get("img_size") or min(dataset.train[0][0].size)
     recipe, method = RECIPES["small" if pixels < 64 else "imagenet"], METHODS[known["method"]]
     if known["data"] == "shapes":
         recipe = RECIPES["shapes"]
@@ -480,8 +468,9 @@ def resolve(typed, device):
     args.snapshot_every = args.snapshot_every or max(1, args.epochs // 10)
     if not LAYERS & given.keys():
         args.first, args.last = method.first, method.last
-    if "batch_size" not in given:  # a power of 2 that leaves a small set 20 updates an epoch
-        unit, fitting = WORLD * args.accum, 2 ** max(0, (len(dataset.train) // 20).bit_length() - 1)
+    fitting = 2 ** max(0, (len(dataset.train) // 20).bit_length() - 1)  # for 20 updates an epoch
+    if "batch_size" not in given:
+        unit = WORLD * args.accum
         args.batch_size = max(unit, min(args.batch_size, fitting) // unit * unit)
     if "lr" not in given and args.student_weights:
         args.lr = 1e-4 * (args.batch_size / 64) ** 0.5  # fine-tuning
@@ -491,7 +480,7 @@ def resolve(typed, device):
         setattr(args, name, min(recipe[name], args.lr / 10))
     if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
         args.warmup_epochs *= args.epochs / recipe["epochs"]
-    if "repeats" not in given and (args.student_weights or args.batch_size < recipe["batch_size"]):
+    if "repeats" not in given and (args.student_weights or fitting < recipe["batch_size"]):
         args.repeats = 1
     check(args, typed, config, dataset, device)
     return args, dataset, config
@@ -526,14 +515,15 @@ def check(args, typed, config, dataset, device):
     refuse(idle, f"{flags(idle)} would have no effect ({method.name}, {args.variant}, {args.data}, "
                  f"{args.img_size} px): leave it out")
     refuse(args.amp != "off" and device.type == "mps", "mps cannot have bfloat16: --amp off")
-    for other, who in ((config, args.out), (models.read_config(source) if models.is_run(source) else {}, source)):
-        count, names = other.get("images", dataset.counts())["classes"], other.get("class_names") or dataset.names
+    for run in [run for run in (args.out if config else "", source) if models.is_run(run)]:
+        known = models.read_config(run)
+        count, names = known["images"]["classes"], known["class_names"] or dataset.names
         refuse(count != dataset.classes or dataset.names not in (None, names),
-               f"{who} knows {count} classes, {args.data} has {dataset.classes}, or their names differ")
+               f"{run} knows {count} classes, {args.data} has {dataset.classes}, or their names differ")
     if args.eval:
         return
     names = {*args.student_kwargs, *args.teacher_kwargs} & {"num_classes", "img_size", "pretrained", "weights"}
-    refuse(names, f"{', '.join(names)} cannot be a KEY=VALUE: other flags decide")
+    refuse(names, f"{names}: no KEY=VALUE but other flags decide")
     refuse(len(OF_THIS_CALL & typed.keys()) > 1, f"{flags(OF_THIS_CALL & typed.keys())}: give one of them")
     refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < args.min_lr,
            f"--warmup-epochs {args.warmup_epochs} must be below --epochs, --lr {args.lr} above --min-lr")
@@ -552,7 +542,7 @@ def check(args, typed, config, dataset, device):
 
 def fail(message):
     """One line on stderr and exit status 2."""
-    if RANK > 0:  # all processes see the same mistake: the first one speaks, and its end makes torchrun stop all
+    if RANK > 0:  # the first process speaks, and its end makes torchrun stop all
         time.sleep(10)
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -570,7 +560,9 @@ def main(argv=None):
     typed = vars(make_parser().parse_args(argv))
     try:
         device = models.choose_device(typed.get("device"))  # of this call, not of the saved run
-        connect(device)
+        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
         args, dataset, config = resolve(typed, device)
         if args.eval:
             return show_accuracy(args, dataset, device)
@@ -581,9 +573,9 @@ def main(argv=None):
             return say(json.dumps(description, indent=1))
         refuse(config and config["teacher_digest"] != description["teacher_digest"],
                f"{args.teacher_weights} is not the teacher that the run learned from")
-        say(f"{args.method}, {args.variant} {args.student}: parameters {description['parameters']}, layers "
-            f"{description['layers']}, {description['images']}, {len(dataset.train) // args.repeats} an epoch in batches "
-            f"of {args.batch_size}, learning rate {args.lr:.3g}")
+        say(f"{args.method}, {args.variant} {args.student}, parameters {description['parameters']}, layers "
+            f"{description['layers']}, {dataset.counts()}, an epoch of {len(dataset.train) // args.repeats} in batches of "
+            f"{args.batch_size}, learning rate {args.lr:.3g}")
         # DDP waits for all processes: none still checks the folder when the first one writes to it.
         run = Run(args, device, teacher and teacher.to(device), distiller.to(device),
                   make_loaders(args, dataset, statistics, device))
@@ -606,13 +598,6 @@ def main(argv=None):
         fail(error)
 
 
-def connect(device):
-    """Join the processes that torchrun started."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-
-
 def make_loaders(args, dataset, statistics, device):
     chosen = {name: getattr(args, name) for name in (*FROM_64_PX, "img_size", "seed", "repeats", "skip_bad_images")}
     return data.build_loaders(dataset.train, dataset.val, device=device, **statistics, **chosen)
@@ -632,7 +617,8 @@ def show_accuracy(args, dataset, device):
     files = {"student": "student.safetensors", "its EMA": "student_ema.safetensors"}
     students = [models.HookedModel(models.load_student(args.out, file)).to(device) for file in files.values()]
     _, loader = make_loaders(args, dataset, models.statistics(students[0].model), device)
-    for name, (top1, top5, loss) in zip(files, evaluate(students, loader, autocast(args, device, "student"))):
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.amp in ("student", "both"))
+    for name, (top1, top5, loss) in zip(files, evaluate(students, loader, precision)):
         say(f"{name}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {loader.size} images")
 
 

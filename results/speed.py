@@ -109,7 +109,6 @@ def main(argv=None):
     typed = vars(parser.parse_args(argv))
     try:
         device = models.choose_device(typed.get("device"))
-        train_kd.connect(device)
         args, dataset, _ = train_kd.resolve({**typed, "overwrite": True}, device)
         args.dry_run = True  # random weights
         teacher, distiller, statistics = train_kd.build(args, dataset.classes)

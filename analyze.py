@@ -559,7 +559,8 @@ def draw_curves(runs, path):
         log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         epochs, marker = range(1, len(log) + 1), "o" if len(log) < 5 else None
         for term, dash in zip(log[0]["terms"] if log else (), DASHES):
-            upper.plot(epochs, [record["terms"][term] for record in log], linestyle=dash, marker=marker, label=term)
+            upper.plot(epochs, [record["terms"][term] or math.nan for record in log], linestyle=dash, marker=marker,
+                       label=term)
         for key, name, dash in (("top1", "student", "-"), ("ema_top1", "its EMA", "--")):
             lower.plot(epochs, [record[key] for record in log], dash, marker=marker, label=name)
         upper.set(title=run, yscale="log")

@@ -232,8 +232,8 @@ def seed_of(*numbers):
 
 
 def training_batches(size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
-    """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat). `world` processes
-    share each of the `accum` parts of a batch. An epoch holds size / repeats images, each `repeats` times in a row."""
+    """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat). All `world`
+    processes share each of a batch's `accum` parts. An epoch holds size / repeats images, each `repeats` times."""
     sampler = RepeatAugSampler(range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
     sampler.set_epoch(seed_of(seed, epoch))
     order = np.fromiter(sampler, np.int64)

@@ -93,8 +93,8 @@ def at_least_float32(x):
 
 def _check_grids(map_s, map_t):
     if not map_s.ndim == map_t.ndim == 4:
-        raise ValueError(f"feature maps are [B, C, h, w], not {[*map_s.shape]} and {[*map_t.shape]}: make tokens [B, N, C] "
-                         f"maps with .mT.unflatten(2, (h, w))")
+        raise ValueError(f"maps are [B, C, h, w], not {[*map_s.shape]} and {[*map_t.shape]}: of tokens [B, N, C] take "
+                         f"tokens.mT.unflatten(2, (h, w))")
     if map_s.shape[2:] != map_t.shape[2:]:
         raise ValueError("the student's feature map is {} x {} and the teacher's {} x {}: choose models with the same "
                          "patch grid, or other layers".format(*map_s.shape[2:], *map_t.shape[2:]))
@@ -130,6 +130,7 @@ class NoKD(nn.Module):
     """
 
     needs_teacher, variant, first, last = False, "plain", 0, 0  # what a method wants by default
+    progress = 0.0  # share of the training that is done; the loop keeps it
 
     def __init__(self, channels=(), label_smoothing=0.1):
         """`channels`: (C_s, C_t) of each aligned layer pair. The other arguments are the method's flags."""
@@ -177,20 +178,23 @@ class FeatureKD(SoftKD):
     """DD Eq. 11 and 14: L_KD + beta L_feature, the mean over the layer pairs of what `pair_loss` returns.
 
     beta: weight of the feature term, which is not computed at 0
+    fade: share of the training in which beta falls to 0, linearly (1: it does not)
     """
 
     first, last = 1, 1  # the best row of DD Table 1
 
-    def __init__(self, beta=0.2, **soft):
+    def __init__(self, beta=0.2, fade=1.0, **soft):
         super().__init__(**soft)
         _require(0 <= beta < math.inf, f"beta {beta} is not in [0, inf)")
-        self.beta = beta
+        _require(0 < fade <= 1, f"fade {fade} is not in (0, 1]")
+        self.beta, self.fade = beta, fade
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
         terms = super().forward(labels, logits_s, maps_s, logits_t, maps_t)
         if self.beta:
             losses = [self._compare(i, *pair) for i, pair in enumerate(zip(maps_s, maps_t, strict=True))]
-            terms[self.term] = self.beta * torch.stack(losses).mean()
+            left = max(0, 1 - self.progress / self.fade) if self.fade < 1 else 1
+            terms[self.term] = left * self.beta * torch.stack(losses).mean()
         return terms
 
     def _compare(self, i, map_s, map_t):

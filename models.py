@@ -32,16 +32,17 @@ class HookedModel(nn.Module):
 
     forward: images [B, 3, H, W] -> logits [B, K], maps: list of [B, C, h, w] in the order of `layers`; equal to timm's
     `forward_intermediates(norm=False)`. `mean`, `std`: what the images were normalised with; a model trained with
-    others gets them renormalised. Raises ValueError for a layer that the model does not have."""
+    others gets them renormalised. `twin`: another model of its kind, whose maps are returned in place of its own.
+    Raises ValueError for a layer that the model does not have."""
 
-    def __init__(self, model, layers=(), mean=None, std=None):
+    def __init__(self, model, layers=(), mean=None, std=None, twin=None):
         super().__init__()
-        self.model, self.layers, self._maps = model, list(layers), {}
+        self.model, self.twin, self.layers, self._maps = model, twin, list(layers), {}
         for layer in self.layers:
             if not 0 <= layer < len(model.feature_info):
                 raise ValueError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to "
                                  f"{len(model.feature_info) - 1}")
-            module = dict(model.named_modules()).get(model.feature_info[layer]["module"])
+            module = dict((twin or model).named_modules()).get(model.feature_info[layer]["module"])
             if not module:
                 raise ValueError(f"timm does not tell where {type(model).__name__} has its layers")
             # A bound method, not a closure: a deep copy (the EMA) then hooks itself and not the original.
@@ -60,6 +61,8 @@ class HookedModel(nn.Module):
 
     def forward(self, images):
         logits = self.model(self.renormalise(images))
+        if self.twin:
+            self.twin(self.renormalise(images))
         return logits, [self._as_map(layer, self._maps.pop(layer), images) for layer in self.layers]
 
     def renormalise(self, images):
@@ -97,8 +100,8 @@ def check_maps(hooked, img_size):
     try:
         maps, expected = hooked.eval()(images)[1], []
         if maps:
-            expected = hooked.model.forward_intermediates(hooked.renormalise(images), indices=hooked.layers, norm=False,
-                                                          intermediates_only=True)
+            expected = (hooked.twin or hooked.model).forward_intermediates(
+                hooked.renormalise(images), indices=hooked.layers, norm=False, intermediates_only=True)
     except Exception as error:  # whatever a family of models raises on images or layers that it was not made for
         raise ValueError(f"{name} fails on images of {img_size} px: {one_line(error)}") from error
     if not all(A.shape == B.shape and A.allclose(B) for A, B in zip(maps, expected, strict=True)):
@@ -218,8 +221,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}{headless}: "
                              f"{one_line(error)}") from error
         if found and found[0] != num_classes:
-            raise ValueError(f"{weights} has {found[0]} classes and the data {num_classes}: take weights trained on this "
-                             f"data, or --teacher-head random")
+            raise ValueError(f"{weights} has {found[0]} classes, the data {num_classes}: consider --teacher-head random")
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"{weights} holds NaN or infinity: it cannot be used")
         return model
@@ -258,11 +260,8 @@ def _hint(state):
 
 
 def start_from(model, name, source, img_size, variant="plain"):
-    """Copy into a student what fits of pretrained weights -> one line that counts what is new and what found no place.
-
-    source: "pretrained" (timm's), a file, or a run's folder. By name and shape: a lifted student takes all blocks, a
-    widened one all but the last, a shallower one the first. Raises ValueError if less than half of what could fit does.
-    """
+    """Copy into a student what fits, by name and shape, of pretrained weights -> one line on what is new or left over.
+    source: "pretrained" (timm's), a file, or a run's folder. Raises ValueError if less than half fits."""
     if source == "pretrained":
         size = dict(img_size=img_size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
         state = _from_hub(name, partial(plain, name, **size)).state_dict()
@@ -291,7 +290,7 @@ def start_from(model, name, source, img_size, variant="plain"):
 
 
 def _names(keys):
-    """A short list of tensors, by module: "head, blocks.11"; "blocks.11.1" within a lifted or widened last block."""
+    """The modules of tensors: "head, blocks.11"; "blocks.11.1" within a lifted or widened last block."""
     modules = [*dict.fromkeys(re.match(r"blocks\.\d+(\.\d+)?|[^.]+", key)[0] for key in keys)]
     return ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "") or "nothing"
 
@@ -306,8 +305,9 @@ def load_student(run, file="student.safetensors", trained=True):
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]  # C_t
     model = build_model(
-        settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"], teacher_width=width,
-        variant=settings["variant"], weights=path if trained else None, **(settings["student_kwargs"] or {}))
+        settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
+        variant=settings["variant"], teacher_width=width, weights=path if trained else None,
+        **(settings["student_kwargs"] or {}))
     if settings["img_size"] >= 64:  # timm's transforms then crop as validation did
         model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
     return model
@@ -331,8 +331,8 @@ def check_pretrained_classes(name, num_classes, random_head=False):
     """Raise ValueError if timm's pretrained classifier is not one of `num_classes` and none was asked for."""
     trained = timm.get_pretrained_cfg(name).num_classes if timm.is_model(name) else num_classes
     if trained != num_classes and not random_head:
-        raise ValueError(f"the pretrained {name} has {trained} classes and the data {num_classes}: take --teacher-weights "
-                         f"trained on this data, or --teacher-head random")
+        raise ValueError(f"the pretrained {name} has {trained} classes and the data {num_classes}: give other "
+                         f"--teacher-weights, or --teacher-head random")
 
 
 def read_weights(path):
@@ -406,19 +406,17 @@ def choose_device(name=None):
     if processes > count:
         raise ValueError(f"{processes} processes want a {name.upper()} device each and there are {count}: "
                          f"lower --nproc_per_node, leave --device out, or --device cpu")
-    if name != "cuda":
-        return torch.device(name)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def default_amp(device, img_size):
     """Both models in bfloat16 from 64 px where the device computes in it (T4 and V100 only emulate it), else off."""
+    native = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {*cpu_info("flags").split()}
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {*cpu_info("flags").split()}
     return "both" if native and img_size >= 64 else "off"
 
 

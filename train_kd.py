@@ -2,7 +2,7 @@
 
     torchrun train_kd.py --method spectral              # embedded data and teacher, any laptop
     python train_kd.py --method lift                    # the same without torchrun: one process
-    python train_kd.py --method none --variant widened  # a student alone, no teacher
+    python train_kd.py --method none --variant widened  # a student alone
     torchrun --nproc_per_node=4 train_kd.py --data /data/imagenet --first 1 --last 1
     python train_kd.py --data DIR --student NAME --student-weights pretrained --teacher-weights runs/teacher
     python train_kd.py --eval --out runs/spectral       # accuracy of a run's student
@@ -14,7 +14,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads spin while anothe
 import argparse
 import copy
 import json
-import math
 import re
 import shlex
 import signal
@@ -43,27 +42,27 @@ from losses import METHODS, Distiller
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
-# ---------- Hyperparameters: a flag each, whose help is the comment. Those of an objective stand in losses.py
+# ---------- Hyperparameters: a flag each, the comment is its help. Those of the objectives stand in losses.py
 
-IMAGENET = dict(  # DD appendix C.3 and the released code: DeiT's recipe without mixup and cutmix
-    student="deit_tiny_patch16_224",  # timm model that learns
-    teacher="cait_s24_224",  # timm model that teaches
+IMAGENET = dict(  # DD C.3 and the released code: DeiT's recipe without mixup and cutmix
+    student="deit_tiny_patch16_224",  # timm model
+    teacher="cait_s24_224",  # timm model
     teacher_weights="",  # a file, a run's folder or random; else timm's pretrained
     img_size=224,  # px; by default the student's own
     epochs=300,  # of training
-    batch_size=2048,  # global; by default lower for a small set, to have 20 updates an epoch
+    batch_size=2048,  # global; by default lower for 20 updates an epoch of a small set
     accum=1,  # gradient accumulation steps
-    lr=2e-3,  # peak; by default scales with a typed batch, or the square root of a lowered one
+    lr=2e-3,  # peak; by default scales with a typed batch, with the root of a lowered one
     min_lr=1e-5,  # at the end of the cosine
     warmup_lr=1e-6,  # at the start of the warm-up
     warmup_epochs=5.0,  # length of the warm-up
     weight_decay=0.05,  # of AdamW
-    ema_decay=0.99996,  # decay of the averaged student (EMA)
-    repeats=3,  # copies of each image in a batch (repeated augmentation)
+    ema_decay=0.99996,  # of the averaged student (EMA)
+    repeats=3,  # of each image in a batch (repeated augmentation)
     auto_augment="rand-m9-mstd0.5-inc1",  # timm's RandAugment; this and the next three: from 64 px
     color_jitter=0.4,  # strength
     random_erasing=0.25,  # probability
-    crop_pct=0.875,  # share of the image that evaluation looks at
+    crop_pct=0.875,  # of the image in evaluation
     train_size=4000,  # training images of shapes to draw
     label_noise=0.2,  # share of the training labels of shapes that are random
     seed=0)  # of everything random
@@ -78,6 +77,7 @@ RECIPES = {"imagenet": IMAGENET, "small": TOY,  # small: images below 64 px
 def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
     accum = run.args.accum
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)
     for micro in range(accum):
         images, labels = next(stream)
         torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path and dropout
@@ -99,7 +99,7 @@ def train(run):
     """Train from where the run stands to its last epoch."""
     args, steps = run.args, run.steps
     for epoch in range(len(run.log), args.epochs):  # a record for each epoch that is finished
-        began, start = time.perf_counter(), run.step - epoch * steps  # after a resume: within the epoch
+        began, start = time.perf_counter(), run.step - epoch * steps
         batches = data.training_batches(
             run.train_loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
             repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
@@ -138,40 +138,41 @@ def mean_sums(run):
     if WORLD > 1:
         dist.all_reduce(sums)
         sums /= WORLD
-    sums = dict(zip(run.sums, sums.tolist()))
-    for name, value in sums.items():
-        if not math.isfinite(value):
-            fail(f"loss term {name!r} is {value} at step {run.step}: try a lower --lr or --beta, or --amp off")
-    return sums
+    named = dict(zip(run.sums, sums.tolist()))
+    if not sums.isfinite().all():
+        fail(f"loss terms at step {run.step}: {named}: try a lower --lr or --beta, or --amp off")
+    return named
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiled graphs fit training's batches only
-def evaluate(students, loader, precision):
-    """[(top-1 %, top-5 %, cross-entropy)] of hooked models. The processes share the images."""
-    totals = torch.zeros(len(students), 3, device=loader.device)
-    for model in students:
-        model.eval()
+@torch.compiler.set_stance("force_eager")  # graphs are for training's batches
+def evaluate(students, loader, amp):
+    """[[top-1 %, top-5 %, cross-entropy, top-1 % of each class ...]] of the models. The processes share the images."""
+    classes = students[0].model.num_classes
+    totals = torch.zeros(len(students) + 1, 3 + classes, device=loader.device)  # the last row counts the labels
+    torch.nn.ModuleList(students).eval()
     batches = data.evaluation_batches(loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
     for images, labels in loader.load(batches):
-        for model, row in zip(students, totals):  # a row of totals, not a copy
-            with precision:
+        totals[-1, 3:] += labels.bincount(minlength=classes)
+        for model, row in zip(students, totals):
+            with amp:
                 logits, _ = model(images)
-            correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            correct = logits.topk(min(5, classes)).indices == labels[:, None]
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            row += torch.stack([correct[:, 0].sum(), correct.sum(), loss])
+            row[:3] += torch.stack([100 * correct[:, 0].sum(), 100 * correct.sum(), loss])
+            row[3:] += 100 * labels[correct[:, 0]].bincount(minlength=classes)
     if WORLD > 1:
         dist.all_reduce(totals)
-    return [(100 * top1 / loader.size, 100 * top5 / loader.size, loss / loader.size)
-            for top1, top5, loss in totals.tolist()]
+    *rows, labels = totals.tolist()
+    return [[value / max(1, count) for value, count in zip(row, [loader.size] * 3 + labels[3:])] for row in rows]
 
 
 class Stop:
-    """Remembers SIGTERM, SIGUSR1 (job schedulers' choice) or Ctrl-C. All processes stop after the same update."""
+    """Remembers SIGTERM, SIGUSR1 or Ctrl-C. All processes stop after the same update."""
 
     def __enter__(self):
         self.received, self.former = 0, {}
-        if threading.current_thread() is threading.main_thread():  # no other can handle signals
+        if threading.current_thread() is threading.main_thread():
             for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & {*dir(signal)}:  # Windows has no SIGUSR1
                 number = getattr(signal, name)
                 self.former[number] = signal.signal(number, self.remember)
@@ -216,10 +217,11 @@ def build(args, classes):
     method = METHODS[args.method]
     options = {name: getattr(args, name) for name in method.options()}
     common, teacher, width = dict(num_classes=classes, img_size=args.img_size), None, None
+    build_teacher = partial(
+        models.build_teacher, args.teacher, args.teacher_weights, **common, needed=method.needs_teacher,
+        random_head=args.teacher_head == "random", **args.teacher_kwargs)
     if method.needs_teacher or args.variant != "plain":
-        teacher = models.build_teacher(
-            args.teacher, args.teacher_weights, **common, random_head=args.teacher_head == "random",
-            needed=method.needs_teacher, blank=args.dry_run, **args.teacher_kwargs)
+        teacher = build_teacher(blank=args.dry_run)
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
         args.student, **common, variant=args.variant, teacher_width=width, **args.student_kwargs)
@@ -232,7 +234,8 @@ def build(args, classes):
     statistics = models.statistics(student)
     hooked_s, hooked_t = models.HookedModel(student, layers_s), None
     if method.needs_teacher:
-        hooked_t = models.HookedModel(teacher, layers_t, **statistics).eval().requires_grad_(False)
+        twin = build_teacher(blank=True) if args.teacher_maps == "random" else None
+        hooked_t = models.HookedModel(teacher, layers_t, **statistics, twin=twin).eval().requires_grad_(False)
         options["channels"] = list(zip(hooked_s.channels, hooked_t.channels))
     return hooked_t, Distiller(hooked_s, method(**options)), statistics
 
@@ -251,7 +254,7 @@ class Run:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
             warmup_epochs=args.warmup_epochs, step_on_epochs=False, updates_per_epoch=self.steps)
-        self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)  # or initial weights would dominate
+        self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)  # or its start would dominate
         for model in (teacher, self.student):
             if args.compile and model:
                 model.compile(fullgraph=True, dynamic=False)  # in place, after the EMA's copy
@@ -263,22 +266,21 @@ class Run:
 
 @torch.no_grad()
 def describe(args, teacher, distiller, dataset):
-    """What --dry-run prints and config.json keeps. Random images try everything first."""
+    """What --dry-run prints and config.json keeps. First, random images try everything."""
     hooked = {"student": distiller.student, "teacher": teacher} if teacher else {"student": distiller.student}
-    maps = {who: models.check_maps(model, args.img_size) for who, model in hooked.items()}
+    for model in hooked.values():
+        models.check_maps(model, args.img_size)
     images = torch.randn(min(2, args.batch_size // WORLD // args.accum), 3, args.img_size, args.img_size)
     try:
         copy.deepcopy(distiller).train()(images, torch.zeros(len(images)).long(), teacher(images) if teacher else None)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{args.method} with {args.student}: {models.one_line(error)}") from error
-    counts = {who: sum(p.numel() for p in part.parameters())
-              for who, part in {"method": distiller.method, **hooked}.items()}
-    status, commit = subprocess.getstatusoutput(
-        f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40')
+    status, commit = subprocess.getstatusoutput(f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
     return {"settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
-            "parameters": counts, "commit": None if status else commit,
+            "parameters": {who: sum(p.numel() for p in part.parameters())
+                           for who, part in {"method": distiller.method, **hooked}.items()},
+            "commit": None if status else commit,
             "layers": {"teacher": [], **{who: model.layers for who, model in hooked.items()}},
-            "maps": {who: [[*A.shape[1:]] for A in found] for who, found in maps.items()},
             "images": dataset.counts(), "class_names": dataset.names,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
             "teacher_digest": models.digest(teacher) if teacher else "", "command": shlex.join(sys.argv)}
@@ -289,20 +291,16 @@ def describe(args, teacher, distiller, dataset):
 
 def write(path, save_to):
     """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
-    temporary = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_to(temporary)
-        os.replace(temporary, path)
+        save_to(part)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
-        if temporary.exists():
-            temporary.unlink()
-        raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run that writes there, "
-                      f"or choose another --out") from error
-
-
-def write_text(path, text):
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        if part.exists():
+            part.unlink()
+        raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run there, or choose "
+                      f"another --out") from error
 
 
 def save(run):
@@ -315,7 +313,7 @@ def save(run):
 
 
 def load(run):
-    """Go on from last.pt, or from the start if the run ended before its first checkpoint and log.jsonl."""
+    """Go on from last.pt, or from the start if the run ended before it had one."""
     path = run.out / "last.pt"
     if not path.exists() and not path.with_name("log.jsonl").exists():
         return
@@ -332,39 +330,41 @@ def load(run):
 
 
 def run_files(out):
-    """What a run has written in the folder `out`, and nothing else that may lie there."""
+    """What a run has written in the folder `out`."""
     names = "config.json log.jsonl last.pt best.pt epoch_[0-9]*.pt student.safetensors student_ema.safetensors"
     return [path for name in names.split() for path in Path(out).glob(name)]
 
 
-def open_folder(args, config, description):
+def open_folder(args, config, record):
     """Remove a run that --overwrite replaces, write config.json."""
     for path in run_files(args.out) if args.overwrite else ():
         path.unlink()
     if config:  # the command that makes the run from nothing
-        more = f" --epochs {args.epochs}" if args.epochs != config["settings"]["epochs"] else ""
-        description["command"] = config["command"] + more
-    write_text(Path(args.out) / "config.json", json.dumps(description, indent=1))
+        record["command"] = config["command"]
+        if args.epochs != config["settings"]["epochs"]:
+            record["command"] += f" --epochs {args.epochs}"
+            say("warning: a new cosine: the learning rate jumps")
+    text = json.dumps(record, indent=1)
+    write(Path(args.out) / "config.json", lambda part: part.write_text(text, "utf-8"))
 
 
 def write_epoch(run):
     """log.jsonl, best.pt if the epoch beats all former ones, epoch_NNNN.pt every `snapshot_every` epochs."""
-    record, done = run.log[-1], len(run.log)
-    weights = {"model": run.student.model.state_dict(), "epoch": record["epoch"], "top1": record["top1"]}
-    if all(record["top1"] > each["top1"] for each in run.log[:-1]):
+    *former, line = run.log
+    weights = {"model": run.student.model.state_dict(), "epoch": line["epoch"], "top1": line["top1"]}
+    if all(line["top1"] > each["top1"] for each in former):
         write(run.out / "best.pt", partial(torch.save, weights))
-    if done % run.args.snapshot_every == 0:
-        write(run.out / f"epoch_{done:04d}.pt", partial(torch.save, weights))
-    write_text(run.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in run.log))
+    if len(run.log) % run.args.snapshot_every == 0:
+        write(run.out / f"epoch_{len(run.log):04d}.pt", partial(torch.save, weights))
+    text = "".join(json.dumps(each) + "\n" for each in run.log)
+    write(run.out / "log.jsonl", lambda part: part.write_text(text, "utf-8"))
 
 
 def report(run):
-    """One line an epoch, with the time that the rest will take."""
-    record, epochs = run.log[-1], run.args.epochs
-    terms = " + ".join(f"{name} {value:.4f}" for name, value in record["terms"].items())
-    say(f"epoch {len(run.log):3d}/{epochs}  loss {record['loss']:.4f} = {terms}  top-1 {record['top1']:.2f} %  EMA "
-        f"{record['ema_top1']:.2f} %  {record['images_per_s']:.0f} images/s  "
-        f"{record['seconds'] * (epochs - len(run.log)) / 60:.1f} min left")
+    line, done, epochs = run.log[-1], len(run.log), run.args.epochs
+    terms = " + ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
+    say(f"epoch {done:3d}/{epochs}  loss {line['loss']:.4f} = {terms}  top-1 {line['top1']:.2f} %  EMA "
+        f"{line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {line['seconds'] * (epochs - done) / 60:.1f} min left")
 
 
 def finish(run):
@@ -385,28 +385,30 @@ OTHERS = dict(  # flags that no recipe decides
     student_kwargs={},  # for timm; EM's UniformWide: embed_dim=219 num_heads=3
     teacher_kwargs={},  # for timm
     teacher_head="pretrained",  # random: it has none for this data (DD Table 2)
-    first=0,  # align the first X layers; by default the method's choice
+    teacher_maps="trained",  # random: those of its untrained twin
+    first=0,  # align the first X layers; by default the method's
     last=0,  # align the last Y; one alone makes the other 0
     student_layers=[],  # explicit, ascending, timm's indices from 0
     teacher_layers=[],  # the teacher's, as many
     data="shapes",  # shapes, a folder with train/ and val/, torch/NAME, hfds/NAME
     skip_bad_images=False,  # replace an unreadable image by the next
-    workers=-1,  # data processes; by default one a core
+    workers=-1,  # by default one per core
     device="",  # by default cuda, else mps, else cpu
-    amp="",  # bfloat16; by default both from 64 px if the device computes in it
+    amp="",  # bfloat16; by default both from 64 px if the device has it
     compile=False,  # torch.compile both models
     out="",  # folder of the run; by default runs/METHOD
     snapshot_every=0,  # epochs between epoch_NNNN.pt; by default a tenth
-    resume=False,  # go on with the run in --out
-    overwrite=False,  # replace the run in --out
+    resume=False,  # the run in --out
+    overwrite=False,  # the run in --out
     dry_run=False,  # build and print everything
     eval=False)  # accuracy of the run in --out
-CHOICES = dict(method=METHODS, variant=models.VARIANTS, teacher_head=("pretrained", "random"),
-               device=("cpu", "cuda", "mps"), amp=("off", "teacher", "student", "both"))
+CHOICES = dict(
+    method=METHODS, variant=models.VARIANTS, teacher_head=("pretrained", "random"), teacher_maps=("trained", "random"),
+    device=("cpu", "cuda", "mps"), amp=("off", "teacher", "student", "both"))
 OF_THIS_CALL = {"resume", "overwrite", "dry_run", "eval"}
 FREE = {"data", "teacher_weights", "epochs", "out", "snapshot_every", "workers", "device", "amp", "compile"}  # --resume
 OF_EVAL = {"eval", "out", "method", "data", "crop_pct", "skip_bad_images", "workers", "device", "amp"}
-FROM_64_PX = {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}
+LARGE = {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}  # from 64 px
 LAYERS = {"first", "last", "student_layers", "teacher_layers"}
 SHARES = {"ema_decay", "random_erasing", "crop_pct", "label_noise"}  # at most 1
 ABOVE_0 = {"img_size", "epochs", "batch_size", "accum", "lr", "repeats", "crop_pct", "train_size", "snapshot_every"}
@@ -415,18 +417,14 @@ ABOVE_0 = {"img_size", "epochs", "batch_size", "accum", "lr", "repeats", "crop_p
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)  # so that parsing yields what was typed, and no more
+        argument_default=argparse.SUPPRESS)  # parsing yields what was typed, and no more
     parser.error = fail
-    helps = dict(re.findall(r"^    (\w+)=.*# (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))  # the comments
+    helps = dict(re.findall(r"^    (\w+)=.*# (.+)$", Path(__file__).read_text("utf-8"), re.M))  # the comments
+    kinds = {bool: dict(action="store_true"), list: dict(nargs="+", type=int),
+             dict: dict(nargs="+", type=models.key_value, action=ParseKwargs, metavar="KEY=VALUE")}
     for name, value in {**IMAGENET, **OTHERS}.items():
-        kind = dict(choices=CHOICES[name]) if name in CHOICES else dict(type=type(value), metavar="X")
-        if type(value) is bool:
-            kind = dict(action="store_true")
-        elif type(value) is dict:
-            kind = dict(nargs="+", type=models.key_value, action=ParseKwargs, metavar="KEY=VALUE")
-        elif type(value) is list:
-            kind = dict(nargs="+", type=int, metavar="L")
-        elif name == "amp":
+        kind = dict(choices=CHOICES[name]) if name in CHOICES else kinds.get(type(value), dict(type=type(value)))
+        if name == "amp":
             kind.update(nargs="?", const="both")
         values = ", ".join({str(recipe.get(name, "")): 0 for recipe in RECIPES.values()})
         parser.add_argument(flags([name]), help=f"{helps[name]} ({values})".removesuffix(" ()"), **kind)
@@ -446,11 +444,10 @@ def flags(names):
 
 
 def resolve(typed, device):
-    """What was typed -> args, data.Images, config.json of the run to go on with. Raises ValueError."""
+    """What was typed -> args, data.Images, config.json of a run to go on with. Raises ValueError."""
     check_ranges(typed)
-    known = {**OTHERS, **typed}
-    out = known["out"] or f"runs/{known['method']}"
-    config = models.read_config(out) if known["resume"] or known["eval"] else {}
+    out = typed.get("out") or f"runs/{typed.get('method', OTHERS['method'])}"
+    config = models.read_config(out) if {"resume", "eval"} & typed.keys() else {}
     saved = {**config.get("settings", {}), "out": out}
     given = {**saved, **typed}
     known = {**OTHERS, **RECIPES["shapes"], **given}
@@ -463,7 +460,6 @@ def resolve(typed, device):
     options = {name: default for name, (default, _) in method.options().items()}
     options.update(variant=method.variant, workers=data.default_workers())
     args = argparse.Namespace(**{**OTHERS, **recipe, **of_models, **options, **saved, **typed})
-
     args.amp = args.amp or models.default_amp(device, args.img_size)
     args.snapshot_every = args.snapshot_every or max(1, args.epochs // 10)
     if not LAYERS & given.keys():
@@ -492,57 +488,54 @@ def refuse(condition, message):
 
 
 def check_ranges(typed):
-    """Every number is finite and at least 0; in ABOVE_0 it is not 0, in SHARES at most 1."""
+    """Every number is finite and at least 0, in ABOVE_0 more, in SHARES at most 1."""
     for name, value in typed.items():
         if type(value) in (int, float):
-            top = 1 if name in SHARES else 2 ** 31
-            refuse(not 0 <= value <= top, f"{flags([name])} {value} is not in 0 .. {top}")
-            refuse(value == 0 and name in ABOVE_0, f"{flags([name])} 0 is not above 0")
+            within = 0 <= value <= (1 if name in SHARES else 2 ** 31)
+            refuse(not within or value == 0 and name in ABOVE_0, f"{flags([name])} {value} is out of range")
 
 
 def check(args, typed, config, dataset, device):
-    """Refuse flags without an effect, and those that contradict the data, the run or each other."""
+    """Refuse flags without an effect, or that contradict the data, the run or each other."""
     method, saved, source = METHODS[args.method], config.get("settings", {}), args.teacher_weights
+    untaught, from_run = not method.needs_teacher, models.is_run(source)
     idle = {name for each in METHODS.values() for name in each.options()} - method.options().keys()
-    for useless, names in ((not method.needs_teacher, ("teacher_weights", "teacher_head")),
-                           (not method.needs_teacher and args.variant == "plain", ("teacher", "teacher_kwargs")),
-                           (models.is_run(source), ("teacher", "teacher_kwargs", "teacher_head")),
-                           (args.data != "shapes", ("train_size", "label_noise")),
-                           ("beta" not in method.options(), LAYERS), (args.student_layers, ("first", "last")),
-                           (args.img_size < 64, FROM_64_PX), (args.eval, typed.keys() - OF_EVAL)):
+    for useless, names in (
+            (untaught, ("teacher_weights", "teacher_head")), (from_run, ("teacher", "teacher_kwargs", "teacher_head")),
+            (untaught and args.variant == "plain", ("teacher", "teacher_kwargs")),
+            ("beta" not in method.options(), (*LAYERS, "teacher_maps")), (args.student_layers, ("first", "last")),
+            (args.data != "shapes", ("train_size", "label_noise")), (args.img_size < 64, LARGE),
+            (args.eval, typed.keys() - OF_EVAL)):
         idle.update(names if useless else ())
     idle &= typed.keys()
-    refuse(idle, f"{flags(idle)} would have no effect ({method.name}, {args.variant}, {args.data}, "
-                 f"{args.img_size} px): leave it out")
+    refuse(idle, f"{flags(idle)} would have no effect ({method.name}, {args.variant}, {args.data}, {args.img_size} px)")
     refuse(args.amp != "off" and device.type == "mps", "mps cannot have bfloat16: --amp off")
-    for run in [run for run in (args.out if config else "", source) if models.is_run(run)]:
-        known = models.read_config(run)
-        count, names = known["images"]["classes"], known["class_names"] or dataset.names
-        refuse(count != dataset.classes or dataset.names not in (None, names),
-               f"{run} knows {count} classes, {args.data} has {dataset.classes}, or their names differ")
+    for who in [args.out] * bool(config) + [source] * from_run:
+        count, names = (models.read_config(who)[key] for key in ("images", "class_names"))
+        refuse(count["classes"] != dataset.classes or names and dataset.names not in (None, names),
+               f"{who} knows {count['classes']} classes, {args.data} {dataset.classes}, or their names differ")
     if args.eval:
         return
     names = {*args.student_kwargs, *args.teacher_kwargs} & {"num_classes", "img_size", "pretrained", "weights"}
-    refuse(names, f"{names}: no KEY=VALUE but other flags decide")
+    refuse(names, f"{', '.join(names)} cannot be a KEY=VALUE")
     refuse(len(OF_THIS_CALL & typed.keys()) > 1, f"{flags(OF_THIS_CALL & typed.keys())}: give one of them")
     refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < args.min_lr,
-           f"--warmup-epochs {args.warmup_epochs} must be below --epochs, --lr {args.lr} above --min-lr")
+           "--warmup-epochs must be below --epochs, and --min-lr below --lr")
     changed = sorted(name for name in saved.keys() & typed.keys() - FREE if saved[name] != typed[name])
-    refuse(changed, f"the run in {args.out} has " + ", ".join(f"{flags([name])} {saved[name]}" for name in changed)
-           + ": keep it or choose another --out")
+    refuse(changed, "the run has " + ", ".join(f"{flags([name])} {saved[name]}" for name in changed) + ": keep that")
     counts, former = dataset.counts(), config.get("images")
-    refuse(args.resume and former != counts, f"the run in {args.out} had {former}, {args.data} has {counts}")
+    refuse(args.resume and former != counts, f"the run had {former}, {args.data} has {counts}")
     refuse(len(dataset.train) < args.batch_size and not args.dry_run,
-           f"{len(dataset.train)} training images do not fill a batch of {args.batch_size}: lower --batch-size")
+           f"{len(dataset.train)} images do not fill a batch of {args.batch_size}: lower --batch-size")
     refuse(args.batch_size % (WORLD * args.accum),
            f"--batch-size {args.batch_size} does not divide by {WORLD} processes x --accum {args.accum}")
     refuse(run_files(args.out) and not (args.dry_run or args.resume or args.overwrite),
-           f"{args.out} holds a run: --resume or --overwrite it, or choose another --out")
+           f"{args.out} holds a run: --resume, --overwrite, or choose another --out")
 
 
 def fail(message):
     """One line on stderr and exit status 2."""
-    if RANK > 0:  # the first process speaks, and its end makes torchrun stop all
+    if RANK > 0:  # the first process speaks, and torchrun then stops all
         time.sleep(10)
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -568,28 +561,25 @@ def main(argv=None):
             return show_accuracy(args, dataset, device)
         torch.manual_seed(args.seed)
         teacher, distiller, statistics = build(args, dataset.classes)
-        description = describe(args, teacher, distiller, dataset)
+        record = describe(args, teacher, distiller, dataset)
         if args.dry_run:
-            return say(json.dumps(description, indent=1))
-        refuse(config and config["teacher_digest"] != description["teacher_digest"],
-               f"{args.teacher_weights} is not the teacher that the run learned from")
-        say(f"{args.method}, {args.variant} {args.student}, parameters {description['parameters']}, layers "
-            f"{description['layers']}, {dataset.counts()}, an epoch of {len(dataset.train) // args.repeats} in batches of "
-            f"{args.batch_size}, learning rate {args.lr:.3g}")
-        # DDP waits for all processes: none still checks the folder when the first one writes to it.
+            return say(json.dumps(record, indent=1))
+        refuse(config and config["teacher_digest"] != record["teacher_digest"],
+               f"{args.teacher_weights} is not the teacher of the run")
+        say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, {dataset.counts()}: epochs of "
+            f"{len(dataset.train) // args.repeats} images, batches of {args.batch_size}, learning rate {args.lr:.3g}")
+        # DDP waits for all processes: none still checks the folder when the first one writes there.
         run = Run(args, device, teacher and teacher.to(device), distiller.to(device),
                   make_loaders(args, dataset, statistics, device))
         if args.resume:
             load(run)
-            if args.epochs != config["settings"]["epochs"]:
-                say(f"warning: a new cosine over {args.epochs} epochs: the learning rate jumps")
         if RANK == 0:
-            open_folder(args, config, description)
+            open_folder(args, config, record)
         if teacher:
             show_teacher(run, 100 / dataset.classes)
         with Stop() as run.stop:
             train(run)
-        run.train_loader = run.val_loader = None  # ends the data workers: at exit each would take 5 s
+        run.train_loader = run.val_loader = None  # ends the workers, which at exit would take 5 s each
         if RANK == 0:
             finish(run)
     except data.BadImage as error:  # from a data worker with its traceback in front
@@ -599,16 +589,15 @@ def main(argv=None):
 
 
 def make_loaders(args, dataset, statistics, device):
-    chosen = {name: getattr(args, name) for name in (*FROM_64_PX, "img_size", "seed", "repeats", "skip_bad_images")}
+    chosen = {name: getattr(args, name) for name in (*LARGE, "img_size", "seed", "repeats", "skip_bad_images")}
     return data.build_loaders(dataset.train, dataset.val, device=device, **statistics, **chosen)
 
 
 def show_teacher(run, chance):
-    """The teacher's accuracy, and a warning if it is near chance by mistake."""
-    (top1, top5, _), = evaluate([run.teacher], run.val_loader, run.autocast("teacher"))
+    """The teacher's accuracy, and a warning if it is near chance (a tenth of the way to 100 %) by mistake."""
+    top1, top5, *_ = evaluate([run.teacher], run.val_loader, run.autocast("teacher"))[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-    meant = "random" in (run.args.teacher_head, run.args.teacher_weights)
-    if top1 < chance + (100 - chance) / 10 and not meant:  # a tenth of the way from chance to 100 %
+    if top1 < chance + (100 - chance) / 10 and "random" not in (run.args.teacher_head, run.args.teacher_weights):
         say(f"warning: the teacher is near chance ({chance:.2f} %): train it longer or from pretrained weights")
 
 
@@ -617,9 +606,11 @@ def show_accuracy(args, dataset, device):
     files = {"student": "student.safetensors", "its EMA": "student_ema.safetensors"}
     students = [models.HookedModel(models.load_student(args.out, file)).to(device) for file in files.values()]
     _, loader = make_loaders(args, dataset, models.statistics(students[0].model), device)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.amp in ("student", "both"))
-    for name, (top1, top5, loss) in zip(files, evaluate(students, loader, precision)):
-        say(f"{name}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {loader.size} images")
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp in ("student", "both"))
+    for name, (top1, top5, loss, *by_class) in zip(files, evaluate(students, loader, amp)):
+        lowest = sorted(zip(by_class, dataset.names or range(dataset.classes)))[:3]
+        say(f"{name}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {loader.size} images; lowest: "
+            + ", ".join(f"{who} {accuracy:.0f} %" for accuracy, who in lowest))
 
 
 if __name__ == "__main__":

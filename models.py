@@ -221,7 +221,7 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
             raise ValueError(f"{weights} does not hold weights of {name} ({variant}){_hint(state)}{headless}: "
                              f"{one_line(error)}") from error
         if found and found[0] != num_classes:
-            raise ValueError(f"{weights} has {found[0]} classes, the data {num_classes}: consider --teacher-head random")
+            raise ValueError(f"{weights} has {found[0]} classes, data {num_classes}: consider --teacher-head random")
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"{weights} holds NaN or infinity: it cannot be used")
         return model

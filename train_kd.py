@@ -362,9 +362,10 @@ def write_epoch(run):
 
 def report(run):
     line, done, epochs = run.log[-1], len(run.log), run.args.epochs
+    left = line["seconds"] * (epochs - done) / 60
     terms = " + ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
     say(f"epoch {done:3d}/{epochs}  loss {line['loss']:.4f} = {terms}  top-1 {line['top1']:.2f} %  EMA "
-        f"{line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {line['seconds'] * (epochs - done) / 60:.1f} min left")
+        f"{line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {left:.1f} min left")
 
 
 def finish(run):

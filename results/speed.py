@@ -2,13 +2,13 @@
 
     python results/speed.py --method projector --updates 30 >> results/speed.jsonl      # any flags of train_kd.py
 
-Times a configuration of train_kd.py with random weights: an update and its parts on images in memory, in turn, then
-updates with the real loader. The *floor* is what no KD training can do without: the teacher's forward, the student's
-forward and backward pass, one optimizer step. For people on stderr, as a line of JSON on stdout.
+Times an update and its parts on images in memory, then with the real loader. The *floor* is what no KD training can do
+without: the teacher's forward, the student's forward and backward pass, one optimizer step.
 """
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,22 +67,17 @@ def time_parts(run, classes, updates):
 
 
 def time_loader(run, updates):
-    """Mean ms that an update waits for the real loader, mean ms of the update itself, and the images/s that one core
-    decodes and augments (None where the images are in memory)."""
+    """Mean ms that an update waits for the real loader, and mean ms of the update itself."""
     args, loader = run.args, run.train_loader
-    keys = data.training_batches(loader.size, args.batch_size, seed=0, epoch=0, repeats=args.repeats,
-                                 accum=args.accum, rank=RANK, world=WORLD)
+    keys = data.training_batches(loader.size, args.batch_size, seed=0, epoch=0, repeats=args.repeats, accum=args.accum,
+                                 rank=RANK, world=WORLD)
     stream = itertools.chain.from_iterable(loader.load(keys, epoch) for epoch in itertools.count())
     waits, steps = [], []
     for _ in range(updates + 1):
         fetched = []
         waits.append(timed(run.device, lambda: fetched.append(next(stream)), args.accum))
         steps.append(timed(run.device, lambda: train_kd.update(run, iter(fetched))))
-    decoded = None
-    if isinstance(loader, data.StreamLoader):
-        samples = [(0, 0, *key) for key in np.concatenate(keys)[:64].tolist()]
-        decoded = 1000 * len(samples) / timed(run.device, lambda: [loader.pool.loader.dataset[key] for key in samples])
-    return np.mean(waits[1:]), np.mean(steps[1:]), decoded  # the first starts the workers
+    return np.mean(waits[1:]), np.mean(steps[1:])  # the first starts the workers
 
 
 def timed(device, work, times=1):
@@ -115,7 +110,7 @@ def main(argv=None):
         loaders = train_kd.make_loaders(args, dataset, statistics, device)
         run = train_kd.Run(args, device, teacher and teacher.to(device), distiller.to(device), loaders)
         ms = time_parts(run, dataset.classes, args.updates)
-        ms["loader"], step, decoded = time_loader(run, args.updates)
+        ms["loader"], step = time_loader(run, args.updates)
     except (ValueError, OSError) as error:
         train_kd.fail(error)
     loop, in_memory = ms["loader"] + step, 1000 * args.batch_size / ms["step"]
@@ -123,15 +118,13 @@ def main(argv=None):
     result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
               "step_to_floor": round(ms["step"] / ms["floor"], 3), "images_per_s_in_memory": round(in_memory, 1),
               "images_per_s": round(1000 * args.batch_size / loop, 1), "peak_memory_gb": peak_memory(device),
-              "training_hours": round(hours, 5), "loader_images_per_s_a_core": decoded and round(decoded, 1),
-              "cores_for_the_step": decoded and round(in_memory / decoded, 2),
+              "training_hours": round(hours, 5), "spincount": os.environ["GOMP_SPINCOUNT"],
               **{key: getattr(args, key) for key in ("updates", "batch_size", "img_size", "amp", "compile")},
               "processes": WORLD, "threads": torch.get_num_threads(), "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if device.type == "cuda" else models.cpu_info("model name")}
     if RANK == 0:
-        print(", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items()),
-              f"\nstep / floor {result['step_to_floor']}, {result['images_per_s']} images/s; {args.epochs} epochs "
-              f"of {run.train_loader.size:,} images: {hours:.2f} hours here, without validation", file=sys.stderr)
+        shares = ", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items())
+        print(f"{shares}; step / floor {result['step_to_floor']}; all epochs: {hours:.2f} hours here", file=sys.stderr)
         print(json.dumps(result), flush=True)
 
 

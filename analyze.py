@@ -128,7 +128,10 @@ def sep_curve(X):
 
 
 def sep_bandwidth(curve, levels=BANDS):
-    """EM: the first index, counted from 1, at which the SEP curve reaches each level (%), as a share of C."""
+    """EM: the first index, counted from 1, at which the SEP curve reaches each level (%), as a share of C. Raises
+    ValueError for a curve that does not end at 100 %."""
+    if not abs(curve[-1].item() - 100) < 0.01:
+        raise ValueError(f"a SEP curve is in % and ends at 100, not at {curve[-1]:g}")
     reached = curve[None] >= torch.as_tensor(levels, dtype=curve.dtype, device=curve.device)[:, None] - 1e-9
     first = torch.where(reached.any(1), reached.int().argmax(1), len(curve) - 1)
     return (first + 1).double() / len(curve)

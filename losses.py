@@ -1,4 +1,4 @@
-"""Objectives of the three papers: logits KD, spectral, projector, lifted and widened feature KD.
+"""Objectives of three papers (DD, SK, EM: see README): logits, spectral, projector, lifted and widened feature KD.
 
 The invariant: everything that learns is a submodule of one `Distiller`. DDP wraps it, the optimizer takes its
 parameters, the checkpoint stores it. The teacher is an argument of its `forward`, never a member: it stays frozen,
@@ -17,8 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------
-# Functions
+# ---------- Functions
 
 
 def soft_kd_terms(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smoothing=0.0):
@@ -30,7 +29,8 @@ def soft_kd_terms(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smoot
     if alpha < 1:
         terms["ce"] = (1 - alpha) * F.cross_entropy(at_least_float32(logits_s), labels, label_smoothing=label_smoothing)
     if alpha > 0:
-        log_p_s, log_p_t = (F.log_softmax(at_least_float32(z) / tau, dim=-1) for z in (logits_s, logits_t))
+        log_p_s = F.log_softmax(at_least_float32(logits_s) / tau, dim=-1)
+        log_p_t = F.log_softmax(at_least_float32(logits_t) / tau, dim=-1)
         terms["kd"] = alpha * tau ** 2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
     return terms
 
@@ -42,12 +42,12 @@ def soft_kd_loss(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smooth
 
 
 def spectral_loss(map_s, map_t):
-    """DD Eq. 7 and 9: MSE(F_stack(A_s), F_stack(A_t)), F_stack the orthonormal 2D real FFT over h x w with real
-    and imaginary parts stacked. Maps [B, C_s, h, w] and [B, C_t, h, w]; the wider one is pooled over channels.
+    """DD Eq. 7 and 9: MSE(F_stack(A_s), F_stack(A_t)), where F_stack is the orthonormal 2D real FFT over h x w, real and
+    imaginary parts stacked. Maps [B, C_s, h, w] and [B, C_t, h, w]; the wider one is pooled over channels.
 
-    Raises ValueError when the grids differ. With the full FFT this were half the spatial MSE: Parseval keeps the sum of
-    squares, and the mean runs over twice as many numbers, real and imaginary parts. The real FFT keeps columns
-    0..w/2, so it counts once the columns that the full one counts twice.
+    Raises ValueError when the grids differ. With the full FFT this would be half the spatial MSE: Parseval keeps the
+    sum of squares, and the mean runs over twice as many numbers. The real FFT leaves out the mirror images of the inner
+    columns, so that these weigh half as much.
     """
     with _autocast_off(map_s):
         # The FFT is linear: one transform of the difference instead of two.
@@ -65,7 +65,7 @@ FEATURE_LOSSES = {"spectral": spectral_loss, "mse": feature_mse}
 
 
 def _difference(map_s, map_t):
-    """A_s - A_t [B, min(C_s, C_t), h, w] in float32 or better, the wider map average-pooled over its channels (C.1)."""
+    """A_s - A_t [B, min(C_s, C_t), h, w] in float32 or better, the wider map pooled over its channels (DD C.1)."""
     _check_grids(map_s, map_t)
     channels = min(map_s.shape[1], map_t.shape[1])
     return _pool_channels(at_least_float32(map_s), channels) - _pool_channels(at_least_float32(map_t), channels)
@@ -75,7 +75,7 @@ def _pool_channels(feature_map, channels):
     if feature_map.shape[1] == channels:
         return feature_map
     tokens = feature_map.flatten(2).transpose(1, 2)  # [B, N, C], the layout that ViTs keep anyway
-    if tokens.device.type == "mps":  # which pools only to widths that divide
+    if tokens.device.type == "mps":  # MPS pools only to divisors of the width
         pooled = tokens @ _pooling_matrix(tokens.shape[2], channels).to(tokens)
     else:
         pooled = F.adaptive_avg_pool1d(tokens, channels)
@@ -83,7 +83,7 @@ def _pool_channels(feature_map, channels):
 
 
 def _pooling_matrix(width, channels):
-    """Adaptive average pooling as a matrix [width, channels]: what becomes of the identity."""
+    """Adaptive average pooling as a matrix [width, channels]: the identity, pooled."""
     return F.adaptive_avg_pool1d(torch.eye(width), channels)
 
 
@@ -104,8 +104,7 @@ def _autocast_off(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ----------------------------------------------------------------------
-# Methods
+# ---------- Methods
 
 METHODS = {}
 
@@ -117,7 +116,8 @@ def _require(condition, message):
 
 def method(name):
     def register(cls):
-        cls.name, METHODS[name] = name, cls
+        cls.name = name
+        METHODS[name] = cls
         return cls
     return register
 
@@ -142,9 +142,9 @@ class NoKD(nn.Module):
     def options(cls):
         """The constructor's arguments, those of its parents included: {name: (default, help)}. Each is a flag."""
         options, helps = {}, {}
-        for kind in reversed(cls.__mro__):
-            helps.update(line.strip().split(": ", 1) for line in (kind.__doc__ or "").splitlines() if ": " in line)
-            options.update({p.name: p.default for p in inspect.signature(kind.__init__).parameters.values()
+        for parent in reversed(cls.__mro__):
+            helps.update(line.strip().split(": ", 1) for line in (parent.__doc__ or "").splitlines() if ": " in line)
+            options.update({p.name: p.default for p in inspect.signature(parent.__init__).parameters.values()
                             if p.default is not p.empty and p.name != "channels"})
         return {name: (default, helps.get(name, "")) for name, default in options.items()}
 
@@ -158,7 +158,7 @@ class SoftKD(NoKD):
     """Logits KD, DD Eq. 10: L_KD = (1 - alpha) CE + alpha tau^2 KL.
 
     alpha: weight of logits KD; 0 leaves CE and the feature term
-    tau: temperature T
+    tau: temperature
     """
 
     needs_teacher = True
@@ -201,7 +201,7 @@ class FeatureKD(SoftKD):
         try:
             return self.pair_loss(i, map_s, map_t)
         except RuntimeError as error:
-            if map_s.shape == map_t.shape:
+            if map_s.shape == map_t.shape or isinstance(error, torch.OutOfMemoryError):
                 raise
             sizes = [" x ".join(map(str, A.shape[1:])) for A in (map_s, map_t)]
             raise ValueError(f"{self.name} cannot compare a student's map of {sizes[0]} with a teacher's of {sizes[1]} "
@@ -210,7 +210,7 @@ class FeatureKD(SoftKD):
 
 @method("spectral")
 class SpectralKD(FeatureKD):
-    """DD Eq. 11: L_KD + beta L_Freq. With feature_loss="mse" the naive feature KD that EM starts from.
+    """DD Eq. 11: L_KD + beta L_Freq. feature_loss="mse" is the naive feature KD that EM starts from.
 
     feature_loss: spectral or mse
     """
@@ -226,9 +226,9 @@ class SpectralKD(FeatureKD):
 
 @method("projector")
 class ProjectorKD(FeatureKD):
-    """DD Eq. 14: L_KD + beta MSE(P(A_s), A_t), P a learnable linear map C_s -> C_t at every position, a pair each.
+    """DD Eq. 14: L_KD + beta MSE(P(A_s), A_t), P a learnable linear map C_s -> C_t at every position.
 
-    Released code: standardises the channels of both sides first, which is not in the paper; here the default as well.
+    Released code: standardises the channels of both sides first, which is not in the paper; our default does so too.
 
     norm: standardise both sides over the batch first (batch, as released) or compare them as printed (none)
     """
@@ -239,7 +239,7 @@ class ProjectorKD(FeatureKD):
         super().__init__(**feature)
         _require(norm in ("batch", "none"), f"norm {norm} is neither batch nor none")
         self.norm = norm
-        # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel one.
+        # No bias: P is linear as printed, and with norm="batch" the standardisation would cancel a bias.
         self.projectors = nn.ModuleList(nn.Linear(c_s, c_t, bias=False) for c_s, c_t in self.channels if self.beta)
 
     def pair_loss(self, i, map_s, map_t):
@@ -297,8 +297,8 @@ class WideLastKD(LiftKD):
 class Distiller(nn.Module):
     """Everything that learns: the student and what its method learns.
 
-    `student`: a models.HookedModel. forward: images [B, 3, H, W], labels [B], and what the teacher said,
-    (logits_t, maps_t) or None -> the student's logits [B, K] and {term: weighted scalar}, whose sum is the loss.
+    `student`: a models.HookedModel. forward: images [B, 3, H, W], labels [B], and the teacher's output, (logits_t,
+    maps_t) or None -> the student's logits [B, K] and {term: weighted scalar}, whose sum is the loss.
     """
 
     def __init__(self, student, method):
@@ -310,6 +310,6 @@ class Distiller(nn.Module):
         return logits, self.method(labels, logits, maps, *(taught or ()))
 
     def no_weight_decay(self):
-        """Full names of the parameters that timm's models name in their method of this name (class tokens, ...)."""
+        """Full names of the parameters that timm exempts from weight decay (class tokens, ...)."""
         return {f"{path}.{name}" for path, module in self.named_modules() if path
                 for name in getattr(module, "no_weight_decay", set)()}

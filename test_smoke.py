@@ -1136,7 +1136,7 @@ def test_stop_ends_a_program_that_hangs():
     ready, process = context.Event(), context.Process(target=hang)
     process.start()
     ready.wait()
-    for seconds in (0.1, 1.1, 9):
+    for seconds in (0.1, 1.6, 9):
         os.kill(process.pid, signal.SIGINT)
         process.join(seconds)
         ended.append(process.exitcode)

@@ -2,7 +2,6 @@
 
     python analyze.py                                              # the newest run: its teacher, its student, untrained
     python analyze.py --models runs/soft runs/spectral             # two runs beside each other, their curves included
-    python analyze.py --models cait_s24_224 --data /data/imagenet/val
     python analyze.py --models deit_tiny_patch16_224=weights.safetensors deit_tiny_patch16_224=random --data DIR
     python analyze.py --evolution runs/soft runs/spectral          # DD Fig. 4: entropy by layer over training
 
@@ -227,6 +226,8 @@ def open_model(text, args, device, options, label=None, kind=None, file="student
     """The folder of a run (its student), or NAME (a timm model, pretrained), NAME=FILE, NAME=random."""
     label = label or text
     if is_run(text):
+        if kind is None and any(options.values()):
+            raise ValueError(f"--img-size and --model-kwargs have no effect on the run {text}")
         settings = read_config(text)["settings"]
         name = f"{settings['variant']} {settings['student']}".removeprefix("plain ")
         return Subject(label, kind or "student", name, lambda trained: load_student(text, file, trained), args, device)
@@ -338,7 +339,6 @@ BY_LAYER = {  # a column, an axis and a title for each
 
 
 def stem_of(figure, range_name):
-    """The papers' range is the plain entropy.png; other ranges add their name."""
     return figure if range_name == "global" else f"{figure}_{range_name}"
 
 
@@ -451,7 +451,7 @@ SHADES = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f", "#5e
 matplotlib.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.4,
     "lines.markersize": 3.5, "errorbar.capsize": 3, "legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10,
-    "figure.labelsize": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True})
+    "figure.labelsize": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True, "text.parse_math": False})
 
 
 def style(i):
@@ -554,16 +554,19 @@ def draw_all(subjects, out):
 # ---------- Runs: curves, and DD Fig. 4
 
 
-def draw_curves(runs, path):
-    """Loss terms and accuracy by epoch, a column for each run's folder."""
-    figure = Figure(figsize=(max(3.6 * len(runs), 4.5), 5.6))
-    grid = figure.subplots(2, len(runs), squeeze=False, sharey="row", sharex="col")
-    for run, (upper, lower) in zip(runs, grid.T):
-        log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_log(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def draw_curves(logs, path):
+    """Loss terms and accuracy by epoch, a column for each run: {its folder: its log}."""
+    figure = Figure(figsize=(max(3.6 * len(logs), 4.5), 5.6))
+    grid = figure.subplots(2, len(logs), squeeze=False, sharey="row", sharex="col")
+    for (run, log), (upper, lower) in zip(logs.items(), grid.T):
         epochs, marker = range(1, len(log) + 1), "o" if len(log) < 5 else None
         for term, dash in zip(log[0]["terms"] if log else (), DASHES):
-            upper.plot(epochs, [record["terms"][term] or math.nan for record in log], linestyle=dash, marker=marker,
-                       label=term)
+            values = [record["terms"][term] or math.nan for record in log]  # a log axis has no 0
+            upper.plot(epochs, values, linestyle=dash, marker=marker, label=term)
         for key, name, dash in (("top1", "student", "-"), ("ema_top1", "its EMA", "--")):
             lower.plot(epochs, [record[key] for record in log], dash, marker=marker, label=name)
         upper.set(title=run, yscale="log")
@@ -580,7 +583,7 @@ def evolution(args, device):
     """Entropy by layer at the snapshots of runs: evolution.csv, and for each range a figure with a panel a run."""
     panels = {}  # {run: [a subject a snapshot]}
     for run in args.evolution:
-        snapshots = sorted(Path(run).glob("epoch_*.pt"))
+        snapshots = sorted(Path(run).glob("epoch_[0-9]*.pt"))
         if not snapshots or not is_run(run):
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
         args.openers = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
@@ -626,8 +629,9 @@ def make_parser():
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(str(message).split())}\n")
     add = parser.add_argument
-    add("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or a run's folder")
-    add("--evolution", nargs="+", metavar="RUN", help="folders of runs with snapshots")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--models", nargs="+", metavar="MODEL", help="NAME, NAME=FILE, NAME=random, or a run's folder")
+    one.add_argument("--evolution", nargs="+", metavar="RUN", help="folders of runs with snapshots")
     add("--data", help="folder of images, shapes, torch/NAME or hfds/NAME (default: the first run's, or shapes)")
     add("--images", type=positive_int, default=32, help="chosen at random (32 as in DD; EM has 1000)")
     add("--layers", type=int, nargs="+", metavar="L",
@@ -656,7 +660,7 @@ def analyse_models(args, device):
     runs = [text for text in args.models or [newest] if is_run(text)]
     args.data = args.data or (read_config(runs[0])["settings"]["data"] if runs else "shapes")
     args.openers = open_images(args.data, args.images, args.seed)
-    subjects = open_subjects(args, device, newest)
+    logs, subjects = {run: read_log(run) for run in runs}, open_subjects(args, device, newest)
     print(f"on {args.data}: {', '.join(subject.label for subject in subjects)}", flush=True)
     for subject in subjects:
         measure(subject, args)
@@ -664,8 +668,8 @@ def analyse_models(args, device):
     write_tables(subjects, args.out)
     write_summary(subjects, args)
     draw_all(subjects, args.out)
-    if runs:
-        draw_curves(runs, args.out / "curves.png")
+    if logs:
+        draw_curves(logs, args.out / "curves.png")
 
 
 def main(argv=None):
@@ -676,10 +680,7 @@ def main(argv=None):
         if args.layers and args.layers != sorted({*args.layers}):
             raise ValueError(f"--layers {args.layers} must ascend without repeats")
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.evolution:
-            evolution(args, device)
-        else:
-            analyse_models(args, device)
+        (evolution if args.evolution else analyse_models)(args, device)
     except (ValueError, OSError) as error:
         parser.error(error)
     print(f"done: {args.out}: {', '.join(sorted(name for name in FILES if (args.out / name).exists()))}")

@@ -42,12 +42,11 @@ def soft_kd_loss(logits_s, logits_t, labels, *, alpha=0.9, tau=1.0, label_smooth
 
 
 def spectral_loss(map_s, map_t):
-    """DD Eq. 7 and 9: MSE(F_stack(A_s), F_stack(A_t)), where F_stack is the orthonormal 2D real FFT over h x w, real and
+    """DD Eq. 7 and 9: MSE(F_stack(A_s), F_stack(A_t)), F_stack being the orthonormal 2D real FFT over h x w, real and
     imaginary parts stacked. Maps [B, C_s, h, w] and [B, C_t, h, w]; the wider one is pooled over channels.
 
-    Raises ValueError when the grids differ. With the full FFT this would be half the spatial MSE: Parseval keeps the
-    sum of squares, and the mean runs over twice as many numbers. The real FFT leaves out the mirror images of the inner
-    columns, so that these weigh half as much.
+    Raises ValueError when the grids differ. With the full FFT this would be half the spatial MSE (Parseval; the mean
+    runs over twice as many numbers). The real FFT leaves out the mirror images of the inner columns.
     """
     with _autocast_off(map_s):
         # The FFT is linear: one transform of the difference instead of two.
@@ -144,8 +143,9 @@ class NoKD(nn.Module):
         options, helps = {}, {}
         for parent in reversed(cls.__mro__):
             helps.update(line.strip().split(": ", 1) for line in (parent.__doc__ or "").splitlines() if ": " in line)
-            options.update({p.name: p.default for p in inspect.signature(parent.__init__).parameters.values()
-                            if p.default is not p.empty and p.name != "channels"})
+            options.update({p.name: None if p.default is p.empty else p.default
+                            for p in inspect.signature(parent.__init__).parameters.values()
+                            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("self", "channels")})
         return {name: (default, helps.get(name, "")) for name, default in options.items()}
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):

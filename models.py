@@ -6,10 +6,10 @@ a Swin or ResNet. Its feature map is the raw output, before the final norm, with
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
-import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class HookedModel(nn.Module):
         if output.ndim == 4:  # Swin keeps channels last
             return output.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else output
         reduction = self.model.feature_info[layer]["reduction"]
-        h, w = images.shape[-2] // reduction, images.shape[-1] // reduction
+        h, w = (-(-size // reduction) for size in images.shape[-2:])  # rounded up, as convolutions do
         tokens = output[:, output.shape[1] - h * w:]  # prefix tokens come first
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
 
@@ -322,8 +322,8 @@ def read_config(run):
     """config.json of a run's folder. Raises ValueError if there is none."""
     try:
         config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        return {**config, "settings": config["settings"], "images": config["images"]}  # others have such files, too
-    except (OSError, ValueError, KeyError) as error:
+        return {"class_names": None, **config, "settings": config["settings"], "images": config["images"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # others have files of that name, too
         raise ValueError(f"{run} is not the folder of a run: {one_line(error)}") from error
 
 
@@ -338,14 +338,13 @@ def check_pretrained_classes(name, num_classes, random_head=False):
 def read_weights(path):
     """A checkpoint file -> {name: tensor}, without unpickling code. Raises ValueError if it is not one. A relative path
     may start from the working folder or from this file's, where the embedded teacher lies."""
+    file = Path(path) if Path(path).exists() else HERE / path
     try:
-        state = load_state_dict(path if Path(path).exists() else HERE / path, use_ema=False, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no weights file at {path}") from None
-    except pickle.UnpicklingError:  # what it holds could be code
-        raise ValueError(f"{path} holds more than tensors and is not read: save model.state_dict() alone") from None
-    except Exception as error:  # cut short or foreign
-        raise ValueError(f"cannot read {path} as weights (.safetensors, .pt, .pth): {one_line(error)}") from error
+        file.stat()  # timm would print a line of its own
+        state = load_state_dict(file, use_ema=False, weights_only=True)
+    except Exception as error:  # cut short, foreign, or a pickle that could hold code
+        advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
+        raise ValueError(f"cannot read {path} as weights (.safetensors, .pt){advice}: {one_line(error)}") from error
     states = [each for each in (state, *state.values())
               if isinstance(each, dict) and all(map(torch.is_tensor, each.values()))]
     if len(states) != 1:
@@ -365,8 +364,9 @@ def one_line(error):
 
 def key_value(text):
     """The argparse type of what timm's ParseKwargs takes apart."""
-    if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    own = {*inspect.signature(build_model).parameters, *inspect.signature(build_teacher).parameters}
+    if "=" not in text or text.partition("=")[0] in own | {"pretrained_cfg_overlay", "features_only"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, or a key that other flags decide")
     return text
 
 

@@ -2,12 +2,15 @@
 
 A section a file, in that file's order, then the command lines; tests are called test_<function>_<property>.
 """
+import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -705,6 +708,19 @@ def numpy_entropy(A, lo, hi):
     return -(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1)
 
 
+def test_spectral_loss_and_metrics_golden():
+    for C_s, C_t, size, golden in ((6, 12, 4, 1.049374114), (12, 12, 7, 0.706133631), (6, 15, 14, 0.563001475)):
+        map_s, map_t = wave(2, C_s, size, size), wave(2, C_t, size, size, a=0.4, b=0.9)
+        assert losses.spectral_loss(map_s, map_t).item() == pytest.approx(golden, abs=1e-9)
+    A, X = wave(3, 2, 16, 3, 3), wave(5, 20, 12)
+    entropies = [analyze.entropy_map(layer, A.min(), A.max()).mean().item() for layer in A]
+    found = [*analyze.channel_spectrum(A[0])[:2].tolist(), *entropies, *analyze.sep_curve(X)[:2].tolist()]
+    assert found == pytest.approx(
+        [0.65610145, 0.14649592, 3.76296992, 3.76296992, 3.78812656, 7.46693440, 30.93371383], abs=1e-8)
+    assert [analyze.energy_ranks(X)[0].tolist(), analyze.pca_ranks(X, analyze.second_moment(X))[0].tolist()] == [
+        [4, 6, 8, 10], [6, 8, 10, 11]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("C, h, w", [(16, 3, 3), (15, 2, 4), (192, 5, 5), (7, 1, 1)])
 def test_metrics_equal_numpy(C, h, w, dtype):
@@ -913,6 +929,25 @@ def test_speed_adds_up(tmp_path, capsys):
     assert result["step_to_floor"] == pytest.approx(result["ms"]["step"] / result["ms"]["floor"], rel=0.01)
     assert result["training_hours"] == pytest.approx(30 * 64 / result["images_per_s"] / 3600, rel=0.1)
     assert all(value > 0 for value in result["ms"].values()) and not (tmp_path / "none").exists()
+
+
+def test_course_prints_what_it_promises(monkeypatch):
+    """The Python blocks of course/README.md, each in a fresh namespace: words alike, numbers to their last digit."""
+    monkeypatch.chdir(HERE)
+    page = (HERE / "course" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```python") == 7
+    for code, promised in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {"__name__": "exercise"})
+        printed, promised = (re.split(r"[\s,\[\]]+", text) for text in (printed.getvalue(), promised))
+        for ours, theirs in zip(printed, promised, strict=True):
+            if re.fullmatch(r"[+-]?\d+(\.\d+)?", theirs):
+                last = 10.0 ** -len(theirs.partition(".")[2])
+                assert float(ours) == pytest.approx(float(theirs), abs=1.1 * last), code
+            else:
+                assert ours == theirs, code
 
 
 # ---------- Mistakes: one line on stderr, status 2

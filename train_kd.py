@@ -44,7 +44,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---------- Hyperparameters: a flag each, the comment is its help. Those of the objectives stand in losses.py
 
-IMAGENET = dict(  # DD C.3 and the released code: DeiT's recipe without mixup and cutmix
+IMAGENET = dict(  # DD C.3, the released code: DeiT's recipe without mixup and cutmix
     student="deit_tiny_patch16_224",  # timm model
     teacher="cait_s24_224",  # timm model
     teacher_weights="",  # a file, a run's folder or random; else timm's pretrained
@@ -53,9 +53,9 @@ IMAGENET = dict(  # DD C.3 and the released code: DeiT's recipe without mixup an
     batch_size=2048,  # global; by default lower for 20 updates an epoch of a small set
     accum=1,  # gradient accumulation steps
     lr=2e-3,  # peak; by default scales with a typed batch, with the root of a lowered one
-    min_lr=1e-5,  # at the end of the cosine
-    warmup_lr=1e-6,  # at the start of the warm-up
-    warmup_epochs=5.0,  # length of the warm-up
+    min_lr=1e-5,  # at the end
+    warmup_lr=1e-6,  # at the start
+    warmup_epochs=5.0,  # linear
     weight_decay=0.05,  # of AdamW
     ema_decay=0.99996,  # of the averaged student (EMA)
     repeats=3,  # of each image in a batch (repeated augmentation)
@@ -63,8 +63,8 @@ IMAGENET = dict(  # DD C.3 and the released code: DeiT's recipe without mixup an
     color_jitter=0.4,  # strength
     random_erasing=0.25,  # probability
     crop_pct=0.875,  # of the image in evaluation
-    train_size=4000,  # training images of shapes to draw
-    label_noise=0.2,  # share of the training labels of shapes that are random
+    train_size=4000,  # training images of shapes
+    label_noise=0.2,  # share of shapes' training labels that are random
     seed=0)  # of everything random
 TOY = dict(IMAGENET, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", img_size=32, epochs=30, batch_size=64,
            warmup_epochs=2.0, ema_decay=0.99, repeats=1)
@@ -83,7 +83,7 @@ def update(run, stream):
         torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path and dropout
         with torch.no_grad(), run.autocast("teacher"):
             taught = run.teacher(images) if run.teacher else None
-        run.ddp.require_backward_grad_sync = micro == accum - 1  # as no_sync() does: average gradients once
+        run.ddp.require_backward_grad_sync = micro == accum - 1  # average gradients once
         with run.autocast("student"):
             _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
         (sum(terms.values()) / accum).backward()
@@ -98,7 +98,7 @@ def update(run, stream):
 def train(run):
     """Train from where the run stands to its last epoch."""
     args, steps = run.args, run.steps
-    for epoch in range(len(run.log), args.epochs):  # a record for each epoch that is finished
+    for epoch in range(len(run.log), args.epochs):
         began, start = time.perf_counter(), run.step - epoch * steps
         batches = data.training_batches(
             run.train_loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
@@ -114,7 +114,7 @@ def train(run):
                 say(f"stopped by {signal.Signals(received).name} after step {run.step}: --resume --out {run.out}")
                 sys.exit(128 + received)
             if i % 50 == 49:
-                mean_sums(run)  # ends the run at NaN, but waits for the device
+                mean_sums(run)  # ends it at NaN; waits for the GPU
 
         terms = {name: value / steps for name, value in mean_sums(run).items()}
         training_seconds = max(time.perf_counter() - began, 1e-9)
@@ -133,7 +133,7 @@ def train(run):
 
 
 def mean_sums(run):
-    """The sums of this epoch's loss terms, averaged over the processes. NaN or infinity ends the run."""
+    """The sums of the epoch's loss terms, averaged over the processes. NaN or infinity ends the run."""
     sums = torch.stack([*run.sums.values()])
     if WORLD > 1:
         dist.all_reduce(sums)
@@ -164,7 +164,7 @@ def evaluate(students, loader, amp):
     if WORLD > 1:
         dist.all_reduce(totals)
     *rows, labels = totals.tolist()
-    return [[value / max(1, count) for value, count in zip(row, [loader.size] * 3 + labels[3:])] for row in rows]
+    return [[part / n if n else 100 for part, n in zip(row, [loader.size] * 3 + labels[3:])] for row in rows]
 
 
 class Stop:
@@ -193,7 +193,7 @@ class Stop:
         self.received = number
 
     def watch(self):
-        """The second Ctrl-C ends even a program that hangs. (torchrun may deliver the first one twice at once.)"""
+        """The second Ctrl-C ends even a program that hangs. (The first one may come twice at once.)"""
         first = None
         while number := self.read.recv(1):
             if number[0] == signal.SIGINT:
@@ -225,8 +225,7 @@ def build(args, classes):
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
         args.student, **common, variant=args.variant, teacher_width=width, **args.student_kwargs)
-    resumed = args.resume and (Path(args.out) / "last.pt").exists()
-    if args.student_weights and not args.dry_run and not resumed:
+    if args.student_weights and not args.dry_run and not (args.resume and (Path(args.out) / "last.pt").exists()):
         say(models.start_from(student, args.student, args.student_weights, args.img_size, args.variant))
     layers_s, layers_t = [], []
     if options.get("beta"):
@@ -234,6 +233,7 @@ def build(args, classes):
     statistics = models.statistics(student)
     hooked_s, hooked_t = models.HookedModel(student, layers_s), None
     if method.needs_teacher:
+        torch.manual_seed(data.seed_of(args.seed, 1))  # also after a resume
         twin = build_teacher(blank=True) if args.teacher_maps == "random" else None
         hooked_t = models.HookedModel(teacher, layers_t, **statistics, twin=twin).eval().requires_grad_(False)
         options["channels"] = list(zip(hooked_s.channels, hooked_t.channels))
@@ -266,7 +266,7 @@ class Run:
 
 @torch.no_grad()
 def describe(args, teacher, distiller, dataset):
-    """What --dry-run prints and config.json keeps. First, random images try everything."""
+    """Try everything on random images -> what --dry-run prints and config.json keeps."""
     hooked = {"student": distiller.student, "teacher": teacher} if teacher else {"student": distiller.student}
     for model in hooked.values():
         models.check_maps(model, args.img_size)
@@ -290,7 +290,7 @@ def describe(args, teacher, distiller, dataset):
 
 
 def write(path, save_to):
-    """Write beside and rename: a crash or a full disk leaves the former file whole. Raises OSError."""
+    """Write beside and rename: a crash leaves the former file whole. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,8 +344,7 @@ def open_folder(args, config, record):
         if args.epochs != config["settings"]["epochs"]:
             record["command"] += f" --epochs {args.epochs}"
             say("warning: a new cosine: the learning rate jumps")
-    text = json.dumps(record, indent=1)
-    write(Path(args.out) / "config.json", lambda part: part.write_text(text, "utf-8"))
+    write(Path(args.out) / "config.json", lambda part: part.write_text(json.dumps(record, indent=1), "utf-8"))
 
 
 def write_epoch(run):
@@ -369,7 +368,6 @@ def report(run):
 
 
 def finish(run):
-    """The weights of the student and of its EMA."""
     for name, student in (("student", run.student), ("student_ema", run.ema.module)):
         weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
         write(run.out / f"{name}.safetensors", partial(save_file, weights))
@@ -383,7 +381,7 @@ OTHERS = dict(  # flags that no recipe decides
     method="spectral",  # objective
     variant="",  # of the student; by default the method's
     student_weights="",  # its start: pretrained (timm's), a file, a run's folder
-    student_kwargs={},  # for timm; EM's UniformWide: embed_dim=219 num_heads=3
+    student_kwargs={},  # EM's UniformWide: embed_dim=219 num_heads=3
     teacher_kwargs={},  # for timm
     teacher_head="pretrained",  # random: it has none for this data (DD Table 2)
     teacher_maps="trained",  # random: those of its untrained twin
@@ -418,7 +416,7 @@ ABOVE_0 = {"img_size", "epochs", "batch_size", "accum", "lr", "repeats", "crop_p
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)  # parsing yields what was typed, and no more
+        argument_default=argparse.SUPPRESS)  # parsing yields what was typed
     parser.error = fail
     helps = dict(re.findall(r"^    (\w+)=.*# (.+)$", Path(__file__).read_text("utf-8"), re.M))  # the comments
     kinds = {bool: dict(action="store_true"), list: dict(nargs="+", type=int),
@@ -452,6 +450,7 @@ def resolve(typed, device):
     saved = {**config.get("settings", {}), "out": out}
     given = {**saved, **typed}
     known = {**OTHERS, **RECIPES["shapes"], **given}
+    refuse(known["method"] not in METHODS, f"losses.py has no method {known['method']}")
     dataset = data.open_data(known["data"], known["train_size"], known["label_noise"], only_val=known["eval"])
     of_models = models.settings_of(given.get("student"), given.get("teacher_weights"))
     pixels = {**of_models, **given}.get("img_size") or min(dataset.train[0][0].size)
@@ -510,18 +509,18 @@ def check(args, typed, config, dataset, device):
         idle.update(names if useless else ())
     idle &= typed.keys()
     refuse(idle, f"{flags(idle)} would have no effect ({method.name}, {args.variant}, {args.data}, {args.img_size} px)")
-    refuse(args.amp != "off" and device.type == "mps", "mps cannot have bfloat16: --amp off")
+    refuse(args.amp != "off" and device.type == "mps", "mps has no bfloat16: --amp off")
     for who in [args.out] * bool(config) + [source] * from_run:
         count, names = (models.read_config(who)[key] for key in ("images", "class_names"))
         refuse(count["classes"] != dataset.classes or names and dataset.names not in (None, names),
                f"{who} knows {count['classes']} classes, {args.data} {dataset.classes}, or their names differ")
     if args.eval:
         return
-    names = {*args.student_kwargs, *args.teacher_kwargs} & {"num_classes", "img_size", "pretrained", "weights"}
-    refuse(names, f"{', '.join(names)} cannot be a KEY=VALUE")
     refuse(len(OF_THIS_CALL & typed.keys()) > 1, f"{flags(OF_THIS_CALL & typed.keys())}: give one of them")
-    refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < args.min_lr,
-           "--warmup-epochs must be below --epochs, and --min-lr below --lr")
+    refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < max(args.min_lr, args.warmup_lr),
+           "--warmup-epochs must be below --epochs, --min-lr and --warmup-lr below --lr")
+    refuse(args.overwrite and {*map(os.path.abspath, (source, args.student_weights))} & {os.path.abspath(args.out)},
+           f"the run learns from {args.out}: choose another --out")
     changed = sorted(name for name in saved.keys() & typed.keys() - FREE if saved[name] != typed[name])
     refuse(changed, "the run has " + ", ".join(f"{flags([name])} {saved[name]}" for name in changed) + ": keep that")
     counts, former = dataset.counts(), config.get("images")
@@ -544,7 +543,8 @@ def fail(message):
 
 def say(text):
     if RANK == 0:
-        print(text, flush=True)
+        code = sys.stdout.encoding or "utf-8"  # it may lack letters
+        print(text.encode(code, "replace").decode(code), flush=True)
 
 
 # ---------- The program
@@ -553,7 +553,7 @@ def say(text):
 def main(argv=None):
     typed = vars(make_parser().parse_args(argv))
     try:
-        device = models.choose_device(typed.get("device"))  # of this call, not of the saved run
+        device = models.choose_device(typed.get("device"))
         if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
@@ -576,9 +576,9 @@ def main(argv=None):
             load(run)
         if RANK == 0:
             open_folder(args, config, record)
-        if teacher:
-            show_teacher(run, 100 / dataset.classes)
         with Stop() as run.stop:
+            if teacher:
+                show_teacher(run, 100 / dataset.classes)
             train(run)
         run.train_loader = run.val_loader = None  # ends the workers, which at exit would take 5 s each
         if RANK == 0:

@@ -214,12 +214,12 @@ def main(argv=None):
     parser.add_argument("source", type=Path, help="a folder of runs, or of a study.jsonl")
     parser.add_argument("--out", type=Path, help="where study.jsonl and the figures go (default: source)")
     args = parser.parse_args(argv)
-    out = args.out or args.source
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        study(args.source, out)
-    except (ValueError, OSError) as error:
-        parser.error(error)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        study(args.source, args.out or args.source)
+    except (ValueError, OSError, LookupError) as error:
+        parser.error(f"a record has no {error}" if isinstance(error, LookupError) else error)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-def wave(*shape, a=0.7):
-    """The input that the golden values belong to: sin(a n) + 0.5 cos(0.31 n + 1) + sin(0.05 n^2 mod 7)."""
+def wave(*shape, a=0.7, b=0.31):
+    """The input that the golden values belong to: sin(a n) + 0.5 cos(b n + 1) + sin(0.05 n^2 mod 7)."""
     n = np.arange(np.prod(shape), dtype=np.float64)
-    return torch.from_numpy((np.sin(a * n) + 0.5 * np.cos(0.31 * n + 1) + np.sin((0.05 * n * n) % 7)).reshape(shape))
+    return torch.from_numpy((np.sin(a * n) + 0.5 * np.cos(b * n + 1) + np.sin((0.05 * n * n) % 7)).reshape(shape))
 
 
 def settle(*flags):

@@ -57,7 +57,7 @@ IMAGENET = dict(  # DD C.3, the released code: DeiT's recipe without mixup and c
     warmup_lr=1e-6,  # at the start
     warmup_epochs=5.0,  # linear
     weight_decay=0.05,  # of AdamW
-    ema_decay=0.99996,  # of the averaged student (EMA)
+    ema_decay=0.99996,  # of the student's EMA
     repeats=3,  # of each image in a batch (repeated augmentation)
     auto_augment="rand-m9-mstd0.5-inc1",  # timm's RandAugment; this and the next three: from 64 px
     color_jitter=0.4,  # strength
@@ -76,19 +76,18 @@ RECIPES = {"imagenet": IMAGENET, "small": TOY,  # small: images below 64 px
 
 def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
-    accum = run.args.accum
     run.distiller.method.progress = run.step / (run.steps * run.args.epochs)
-    for micro in range(accum):
+    for micro in range(run.args.accum):
         images, labels = next(stream)
         torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path and dropout
         with torch.no_grad(), run.autocast("teacher"):
             taught = run.teacher(images) if run.teacher else None
-        run.ddp.require_backward_grad_sync = micro == accum - 1  # average gradients once
+        run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
         with run.autocast("student"):
             _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
-        (sum(terms.values()) / accum).backward()
+        (sum(terms.values()) / run.args.accum).backward()
         for name, value in terms.items():
-            run.sums[name] = run.sums.get(name, 0) + value.detach() / accum
+            run.sums[name] = run.sums.get(name, 0) + value.detach() / run.args.accum
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.ema.update(run.student, step=run.step)
@@ -114,7 +113,7 @@ def train(run):
                 say(f"stopped by {signal.Signals(received).name} after step {run.step}: --resume --out {run.out}")
                 sys.exit(128 + received)
             if i % 50 == 49:
-                mean_sums(run)  # ends it at NaN; waits for the GPU
+                mean_sums(run)  # ends it at NaN
 
         terms = {name: value / steps for name, value in mean_sums(run).items()}
         training_seconds = max(time.perf_counter() - began, 1e-9)
@@ -543,7 +542,7 @@ def fail(message):
 
 def say(text):
     if RANK == 0:
-        code = sys.stdout.encoding or "utf-8"  # it may lack letters
+        code = sys.stdout.encoding or "utf-8"
         print(text.encode(code, "replace").decode(code), flush=True)
 
 
@@ -617,4 +616,5 @@ def show_accuracy(args, dataset, device):
 if __name__ == "__main__":
     main()
     if dist.is_initialized():
+        dist.barrier()  # gloo may hang if the other end is gone
         dist.destroy_process_group()

@@ -259,6 +259,7 @@ def _hint(state):
     return f" but a model of {len(state.get('head.weight', ()))} classes, width {width}, depth {depth}, {size} px"
 
 
+@torch.random.fork_rng(devices=[])  # a resumed run, which skips it, draws the same afterwards
 def start_from(model, name, source, img_size, variant="plain"):
     """Copy into a student what fits, by name and shape, of pretrained weights -> one line on what is new or left over.
     source: "pretrained" (timm's), a file, or a run's folder. Raises ValueError if less than half fits."""
@@ -290,7 +291,6 @@ def start_from(model, name, source, img_size, variant="plain"):
 
 
 def _names(keys):
-    """The modules of tensors: "head, blocks.11"; "blocks.11.1" within a lifted or widened last block."""
     modules = [*dict.fromkeys(re.match(r"blocks\.\d+(\.\d+)?|[^.]+", key)[0] for key in keys)]
     return ", ".join(modules[:6]) + (f" and {len(modules) - 6} more" if len(modules) > 6 else "") or "nothing"
 

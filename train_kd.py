@@ -232,7 +232,6 @@ def build(args, classes):
     statistics = models.statistics(student)
     hooked_s, hooked_t = models.HookedModel(student, layers_s), None
     if method.needs_teacher:
-        torch.manual_seed(data.seed_of(args.seed, 1))  # also after a resume
         twin = build_teacher(blank=True) if args.teacher_maps == "random" else None
         hooked_t = models.HookedModel(teacher, layers_t, **statistics, twin=twin).eval().requires_grad_(False)
         options["channels"] = list(zip(hooked_s.channels, hooked_t.channels))

@@ -451,7 +451,7 @@ SHADES = ("#000000", "#c1440e", "#2a6fbb", "#7a7a7a", "#b08d57", "#8fbf8f", "#5e
 matplotlib.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.4,
     "lines.markersize": 3.5, "errorbar.capsize": 3, "legend.fontsize": 8, "axes.titlesize": 10, "figure.titlesize": 10,
-    "figure.labelsize": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True, "text.parse_math": False})
+    "figure.labelsize": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True})
 
 
 def style(i):
@@ -569,7 +569,7 @@ def draw_curves(logs, path):
             upper.plot(epochs, values, linestyle=dash, marker=marker, label=term)
         for key, name, dash in (("top1", "student", "-"), ("ema_top1", "its EMA", "--")):
             lower.plot(epochs, [record[key] for record in log], dash, marker=marker, label=name)
-        upper.set(title=run, yscale="log")
+        upper.set(title="/".join(Path(run).parts[-2:]), yscale="log")
         lower.set_xlabel("epoch")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         upper.legend()

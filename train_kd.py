@@ -517,7 +517,8 @@ def check(args, typed, config, dataset, device):
     refuse(len(OF_THIS_CALL & typed.keys()) > 1, f"{flags(OF_THIS_CALL & typed.keys())}: give one of them")
     refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < max(args.min_lr, args.warmup_lr),
            "--warmup-epochs must be below --epochs, --min-lr and --warmup-lr below --lr")
-    refuse(args.overwrite and {*map(os.path.abspath, (source, args.student_weights))} & {os.path.abspath(args.out)},
+    sources = [Path(each).resolve() for each in (source, args.student_weights) if each]
+    refuse(args.overwrite and any(Path(args.out).resolve() in (path, path.parent) for path in sources),
            f"the run learns from {args.out}: choose another --out")
     changed = sorted(name for name in saved.keys() & typed.keys() - FREE if saved[name] != typed[name])
     refuse(changed, "the run has " + ", ".join(f"{flags([name])} {saved[name]}" for name in changed) + ": keep that")

@@ -223,9 +223,9 @@ def test_projector_kd_equals_batchnorm_and_linear():
 
 @cache
 def leaves(node):
-    """Identities of all parameters in the graph below a node of autograd."""
-    found = {id(node.variable)} if hasattr(node, "variable") else set()
-    return found.union(*(leaves(parent) for parent, _ in node.next_functions if parent))
+    """{identity: shape} of all parameters in the graph below a node of autograd."""
+    own = {id(node.variable): node.variable.shape} if hasattr(node, "variable") else {}
+    return dict(item for part in (own, *(leaves(to) for to, _ in node.next_functions if to)) for item in part.items())
 
 
 @pytest.mark.parametrize("variant", models.VARIANTS)
@@ -242,7 +242,7 @@ def test_distiller_one_step_moves_all_that_learns(method, variant):
     taught_by = copy.deepcopy(teacher.state_dict()) if teacher else {}
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     loss = sum(distiller.train()(images, labels, teacher(images) if teacher else None)[1].values())
-    assert leaves(loss.grad_fn) == {*map(id, held)}  # all that the loss depends on is trained
+    assert leaves(loss.grad_fn) == {id(p): p.shape for p in held}  # all that the loss depends on is trained
     loss.backward()
     optimizer.step()
     assert [name for name, p in distiller.named_parameters() if torch.equal(p, before[name])] == []
@@ -936,7 +936,7 @@ def test_course_prints_what_it_promises(monkeypatch):
     monkeypatch.chdir(HERE)
     page = (HERE / "course" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == page.count("```python") == 7
+    assert len(blocks) == page.count("```python") == 8
     for code, promised in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

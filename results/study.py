@@ -79,7 +79,7 @@ def setup_of(run):
 
 
 def label_of(run):
-    """What a run of beta > 0 compares: "Last 1, mse"; None if nothing."""
+    """What a run of beta > 0 compares: "Last 1, MSE"; None if nothing."""
     settings, layers = run["settings"], (run["layers"] or {}).get("student", [])
     terms = [term for term in run["terms"] if term not in ("ce", "kd")]
     if not layers or not terms:
@@ -88,7 +88,7 @@ def label_of(run):
     where = " ".join(f"{word} {count}" for word, count in (("First", first), ("Last", len(layers) - first)) if count)
     method = settings["method"]
     words = [where if method == "spectral" else method, *([where] if method == "projector" else [])]
-    words += [term for term in terms if term != "projector"]
+    words += ["MSE" if term == "mse" else term for term in terms if term != "projector"]
     own = {"lift": "lifted", "widelast": "widened"}.get(method, "plain")
     words += [settings["variant"]] * (settings["variant"] != own) + ["fading"] * (settings.get("fade", 1) < 1)
     words += ["untrained maps"] * (settings.get("teacher_maps") == "random")

@@ -129,7 +129,6 @@ class NoKD(nn.Module):
     """
 
     needs_teacher, variant, first, last = False, "plain", 0, 0  # what a method wants by default
-    progress = 0.0  # share of the training that is done; the loop keeps it
 
     def __init__(self, channels=(), label_smoothing=0.1):
         """`channels`: (C_s, C_t) of each aligned layer pair. The other arguments are the method's flags."""
@@ -178,23 +177,20 @@ class FeatureKD(SoftKD):
     """DD Eq. 11 and 14: L_KD + beta L_feature, the mean over the layer pairs of what `pair_loss` returns.
 
     beta: weight of the feature term, which is not computed at 0
-    fade: share of the training in which beta falls to 0, linearly (1: it does not)
     """
 
     first, last = 1, 1  # the best row of DD Table 1
 
-    def __init__(self, beta=0.2, fade=1.0, **soft):
+    def __init__(self, beta=0.2, **soft):
         super().__init__(**soft)
         _require(0 <= beta < math.inf, f"beta {beta} is not in [0, inf)")
-        _require(0 < fade <= 1, f"fade {fade} is not in (0, 1]")
-        self.beta, self.fade = beta, fade
+        self.beta = beta
 
     def forward(self, labels, logits_s, maps_s=(), logits_t=None, maps_t=()):
         terms = super().forward(labels, logits_s, maps_s, logits_t, maps_t)
         if self.beta:
             losses = [self._compare(i, *pair) for i, pair in enumerate(zip(maps_s, maps_t, strict=True))]
-            left = max(0, 1 - self.progress / self.fade) if self.fade < 1 else 1
-            terms[self.term] = left * self.beta * torch.stack(losses).mean()
+            terms[self.term] = self.beta * torch.stack(losses).mean()
         return terms
 
     def _compare(self, i, map_s, map_t):

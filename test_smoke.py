@@ -910,14 +910,14 @@ def test_study_of_a_new_method_and_an_old_run(tmp_path, capsys):
     config = models.read_config(run)
     for name in ("layers", "versions", "commit", "command", "parameters"):
         del config[name]
-    for name in ("fade", "teacher_maps", "lr"):
+    for name in ("alpha", "teacher_maps", "lr"):
         del config["settings"][name]
     (make_run(tmp_path / "old-0", log=epochs(40)) / "config.json").write_text(json.dumps(config))
     study.main([str(tmp_path)])
     said = capsys.readouterr().out
     assert "| two | 1 | 50.00 |" in said and "| old | 1 | 40.00 |" in said
     _, found = study.read_study(tmp_path / "study.jsonl").values()
-    assert {"two", "attention", "mse"} <= {*study.label_of(found).split(", ")}
+    assert {"two", "attention", "MSE"} <= {*study.label_of(found).split(", ")}
     for path in (HERE / "results").glob("**/study.jsonl"):
         assert all(len(run["top1"]) == run["settings"]["epochs"] for run in study.read_study(path).values())
 
@@ -995,11 +995,11 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
     ("--student-layers 1 --teacher-layers 1 --first 1", "--first"),
     ("--first 0 --last 0", "cannot be paired"),
-    ("--teacher resnet18 --teacher-weights {0}/other.pth --dry-run", "same patch grid"),
+    ("--teacher resnet18 --teacher-weights random --dry-run", "same patch grid"),
     ("--alpha nan", "nan"),
     ("--accum 3", "does not divide"),
     ("--epochs 1.5", "1.5"),
-    ("--teacher-weights {0}/absent.pth", "absent.pth"),
+    ("--teacher-weights {0}/absent.pth --dry-run", "absent.pth"),
     ("--teacher-weights {0}/cut.safetensors", "cut.safetensors"),
     ("--teacher-weights {0}/other.pth", "other.pth"),
     ("--teacher-weights {0}/nan.pth", "NaN"),

@@ -76,7 +76,6 @@ RECIPES = {"imagenet": IMAGENET, "small": TOY,  # small: images below 64 px
 
 def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
-    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)
     for micro in range(run.args.accum):
         images, labels = next(stream)
         torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path and dropout
@@ -220,7 +219,7 @@ def build(args, classes):
         models.build_teacher, args.teacher, args.teacher_weights, **common, needed=method.needs_teacher,
         random_head=args.teacher_head == "random", **args.teacher_kwargs)
     if method.needs_teacher or args.variant != "plain":
-        teacher = build_teacher(blank=args.dry_run)
+        teacher = build_teacher(blank=args.dry_run and not args.teacher_weights)  # a file is tried
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
         args.student, **common, variant=args.variant, teacher_width=width, **args.student_kwargs)

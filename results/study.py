@@ -101,9 +101,7 @@ COLOURS = {"soft": "black", "First 1": "#2a6fbb", "Last 1": "#c1440e", "First 1 
 
 def style(label):
     """A colour for each place or method, a dash for each loss."""
-    dash = "--" if "spectral" in label else "-"
-    if "fading" in label:
-        dash = ":"
+    dash = ":" if "fading" in label else "--" if "spectral" in label else "-"
     return dict(color=COLOURS.get(label.split(",")[0], "#d98cb3"), linestyle=dash, marker="s" if dash == "--" else "o")
 
 
@@ -176,10 +174,11 @@ def draw_head_start(runs, path, least=100):
     for label, gains in PUBLISHED.items():
         left.plot(PUBLISHED_EPOCHS, gains, label=label, **style(label))
     for label in sorted({label_of(run) for run in ours} - {None}):
-        gains = np.array([np.convolve(np.subtract(run["top1"], other["top1"]), np.full(9, 1 / 9), "valid")
+        gains = np.array([np.subtract(*(np.array(each["top1"], float) for each in (run, other)))  # null: not measured
                           for run in ours for other in ours if label_of(run) == label and run["seed"] == other["seed"]
-                          and other["settings"]["method"] == "soft"])  # [seeds, epochs - 8]
+                          and other["settings"]["method"] == "soft"])  # [seeds, epochs]
         if len(gains):
+            gains = np.nanmean(np.lib.stride_tricks.sliding_window_view(gains, 9, axis=1), axis=2)
             epochs = np.arange(5, 5 + gains.shape[1])
             right.plot(epochs, gains.mean(0), label=label, **{**style(label), "marker": None})
             right.fill_between(epochs, gains.min(0), gains.max(0), color=style(label)["color"], alpha=0.2)

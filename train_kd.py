@@ -78,7 +78,7 @@ def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
     for micro in range(run.args.accum):
         images, labels = next(stream)
-        torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path and dropout
+        torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # of drop-path
         with torch.no_grad(), run.autocast("teacher"):
             taught = run.teacher(images) if run.teacher else None
         run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
@@ -116,7 +116,7 @@ def train(run):
 
         terms = {name: value / steps for name, value in mean_sums(run).items()}
         training_seconds = max(time.perf_counter() - began, 1e-9)
-        save(run)  # an evaluation may be killed
+        save(run)  # evaluation may be killed
         student, ema = evaluate([run.student, run.ema.module], run.val_loader, run.autocast("student"))
         run.log.append({"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"],
                         "loss": sum(terms.values()), "terms": terms, "top1": student[0], "top5": student[1],
@@ -200,7 +200,7 @@ class Stop:
                     os._exit(130)
 
     def asked(self):
-        """The number of the signal that any process has received, or 0."""
+        """The signal that any process has received, or 0."""
         received = torch.tensor(self.received)
         if WORLD > 1:
             dist.all_reduce(received, dist.ReduceOp.MAX)
@@ -279,7 +279,8 @@ def describe(args, teacher, distiller, dataset):
             "commit": None if status else commit,
             "layers": {"teacher": [], **{who: model.layers for who, model in hooked.items()}},
             "images": dataset.counts(), "class_names": dataset.names,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__,
+                         "cpu": torch.backends.cpu.get_cpu_capability()},
             "teacher_digest": models.digest(teacher) if teacher else "", "command": shlex.join(sys.argv)}
 
 
@@ -567,7 +568,7 @@ def main(argv=None):
                f"{args.teacher_weights} is not the teacher of the run")
         say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, {dataset.counts()}: epochs of "
             f"{len(dataset.train) // args.repeats} images, batches of {args.batch_size}, learning rate {args.lr:.3g}")
-        # DDP waits for all processes: none still checks the folder when the first one writes there.
+        # DDP waits for all: none still checks the folder when the first one writes there.
         run = Run(args, device, teacher and teacher.to(device), distiller.to(device),
                   make_loaders(args, dataset, statistics, device))
         if args.resume:

@@ -78,7 +78,7 @@ def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
     for micro in range(run.args.accum):
         images, labels = next(stream)
-        torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # of drop-path
+        torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path, dropout
         with torch.no_grad(), run.autocast("teacher"):
             taught = run.teacher(images) if run.teacher else None
         run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
@@ -166,7 +166,7 @@ def evaluate(students, loader, amp):
 
 
 class Stop:
-    """Remembers SIGTERM, SIGUSR1 or Ctrl-C. All processes stop after the same update."""
+    """Remembers SIGTERM, SIGUSR1 or Ctrl-C. All stop after the same update."""
 
     def __enter__(self):
         self.received, self.former = 0, {}

@@ -588,9 +588,9 @@ def evolution(args, device):
             raise ValueError(f"{run} is not the folder of a run with snapshots (config.json, epoch_NNNN.pt)")
         args.openers = open_images(args.data or read_config(run)["settings"]["data"], args.images, args.seed)
         panels[run], args.layer_ranks = [], False
-        for snapshot in snapshots:
-            subject = open_model(run, args, device, {}, file=snapshot.name)
-            subject.epoch = int(snapshot.stem.removeprefix("epoch_"))
+        for file in snapshots:
+            subject = open_model(run, args, device, {"img_size": args.img_size, **args.model_kwargs}, file=file.name)
+            subject.epoch = int(file.stem.removeprefix("epoch_"))
             measure(subject, args)
             del subject.model
             panels[run].append(subject)

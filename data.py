@@ -1,7 +1,7 @@
 """Data: the embedded `shapes` set, any folder or timm data set, and batches that are the same on every machine.
 
-What a training sample looks like depends on (seed, epoch, index, repeat) alone, and which samples make up a global
-batch depends on (seed, epoch, batch size, repeats): not on the number of processes or workers, or on interruptions.
+What a training sample looks like depends on (seed, epoch, index, repeat, repeats) alone, and which samples make up a
+global batch depends on (seed, epoch, batch size, repeats): not on numbers of processes or workers, or interruptions.
 """
 import hashlib
 import multiprocessing
@@ -126,8 +126,7 @@ def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
 
     name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random); a folder that
     holds train/ and val/ with one folder per class; or a name that timm.data.create_dataset knows (torch/cifar100,
-    hfds/...), which is kept in data/. With `only_val` a folder needs no train/ (train is then val) and may itself hold
-    the class folders.
+    hfds/...), kept in data/. With `only_val` a folder needs no train/ (train is val) and may hold the class folders.
     """
     if name == "shapes":
         names = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
@@ -159,7 +158,7 @@ class Folder(ImageFolder):
         self.refuse(not self.samples)
 
     def find_classes(self, directory):
-        names = sorted(path.name for path in Path(directory).glob("[!.]*/"))
+        names = sorted(path.name for path in Path(directory).glob("[!.]*") if path.is_dir())
         self.refuse(not names)
         return names, {name: number for number, name in enumerate(names)}
 
@@ -219,7 +218,8 @@ def _open_timm(name):
         if first:
             wait()
     numbers = getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
-    names = getattr(train, "classes", None) or sorted(numbers, key=numbers.get) or None
+    names = [", ".join(each) if isinstance(each, tuple) else each  # ImageNet's are tuples of synonyms
+             for each in getattr(train, "classes", None) or sorted(numbers, key=numbers.get)] or None
     return Images(train, val, len(names) if names else max(label for _, label in train) + 1, names)
 
 

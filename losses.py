@@ -179,7 +179,7 @@ class FeatureKD(SoftKD):
     beta: weight of the feature term, which is not computed at 0
     """
 
-    first, last = 1, 1  # the best row of DD Table 1
+    first, last = 1, 1  # DD Table 1's best at 300 epochs
 
     def __init__(self, beta=0.2, **soft):
         super().__init__(**soft)

@@ -227,7 +227,8 @@ def build_model(name, *, num_classes, img_size=None, variant="plain", teacher_wi
         return model
     if pretrained:
         check_pretrained_classes(name, num_classes, random_head)
-        return _from_hub(name, create)
+        headless = dict(pretrained_cfg_overlay=dict(size, num_classes=0))  # timm drops classifiers of another size
+        return _from_hub(name, partial(create, **headless) if random_head else create)
     model = create()
     patch = np.max(getattr(getattr(model, "patch_embed", None), "patch_size", 1))  # an int or a pair
     if img_size and img_size % patch:
@@ -308,8 +309,7 @@ def load_student(run, file="student.safetensors", trained=True):
         settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
         variant=settings["variant"], teacher_width=width, weights=path if trained else None,
         **(settings["student_kwargs"] or {}))
-    if settings["img_size"] >= 64:  # timm's transforms then crop as validation did
-        model.pretrained_cfg["crop_pct"] = settings["crop_pct"]
+    model.pretrained_cfg["crop_pct"] = settings["crop_pct"] if settings["img_size"] >= 64 else 1.0  # as in validation
     return model
 
 

@@ -65,7 +65,7 @@ IMAGENET = dict(  # DD C.3, the released code: DeiT's recipe without mixup and c
     crop_pct=0.875,  # of the image in evaluation
     train_size=4000,  # training images of shapes
     label_noise=0.2,  # share of shapes' training labels that are random
-    seed=0)  # of everything random
+    seed=0)  # of all that a run draws
 TOY = dict(IMAGENET, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", img_size=32, epochs=30, batch_size=64,
            warmup_epochs=2.0, ema_decay=0.99, repeats=1)
 RECIPES = {"imagenet": IMAGENET, "small": TOY,  # small: images below 64 px
@@ -294,7 +294,7 @@ def write(path, save_to):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_to(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+    except Exception as error:  # a full disk has many names
         if part.exists():
             part.unlink()
         raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run there, or choose "
@@ -584,7 +584,7 @@ def main(argv=None):
             finish(run)
     except data.BadImage as error:  # from a data worker with its traceback in front
         fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
-    except (ValueError, OSError, dist.DistError) as error:
+    except (ValueError, OSError, AssertionError, dist.DistError) as error:
         fail(error)
 
 

@@ -78,15 +78,24 @@ def update(run, stream):
     """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
     for micro in range(run.args.accum):
         images, labels = next(stream)
-        torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path, dropout
         with torch.no_grad(), run.autocast("teacher"):
             taught = run.teacher(images) if run.teacher else None
-        run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
-        with run.autocast("student"):
-            _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
-        (sum(terms.values()) / run.args.accum).backward()
-        for name, value in terms.items():
-            run.sums[name] = run.sums.get(name, 0) + value.detach() / run.args.accum
+        backward(run, images, labels, taught, micro)
+    step(run)
+
+
+def backward(run, images, labels, taught, micro):
+    """The gradients of one micro-batch, which the teacher has seen already."""
+    torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path, dropout
+    run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
+    with run.autocast("student"):
+        _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
+    (sum(terms.values()) / run.args.accum).backward()
+    for name, value in terms.items():
+        run.sums[name] = run.sums.get(name, 0) + value.detach() / run.args.accum
+
+
+def step(run):
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.ema.update(run.student, step=run.step)
@@ -114,20 +123,24 @@ def train(run):
             if i % 50 == 49:
                 mean_sums(run)  # ends it at NaN
 
-        terms = {name: value / steps for name, value in mean_sums(run).items()}
-        training_seconds = max(time.perf_counter() - began, 1e-9)
-        save(run)  # evaluation may be killed
-        student, ema = evaluate([run.student, run.ema.module], run.val_loader, run.autocast("student"))
-        run.log.append({"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"],
-                        "loss": sum(terms.values()), "terms": terms, "top1": student[0], "top5": student[1],
-                        "ema_top1": ema[0], "ema_top5": ema[1],
-                        "images_per_s": (steps - start) * args.batch_size / training_seconds,
-                        "seconds": time.perf_counter() - began})
-        run.sums = {}
-        if RANK == 0:
-            report(run)
-            write_epoch(run)
-        save(run)
+        end_epoch(run, epoch, (steps - start) * args.batch_size, time.perf_counter() - began)
+
+
+def end_epoch(run, epoch, images, seconds):
+    """Evaluate and record. `images` were trained on in `seconds`."""
+    terms = {name: value / run.steps for name, value in mean_sums(run).items()}
+    save(run)  # evaluation may be killed
+    began = time.perf_counter()
+    student, ema = evaluate([run.student, run.ema.module], run.val_loader, run.autocast("student"))
+    run.log.append({"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"],
+                    "loss": sum(terms.values()), "terms": terms, "top1": student[0], "top5": student[1],
+                    "ema_top1": ema[0], "ema_top5": ema[1], "images_per_s": images / max(seconds, 1e-9),
+                    "seconds": seconds + time.perf_counter() - began})
+    run.sums = {}
+    if RANK == 0:
+        report(run)
+        write_epoch(run)
+    save(run)
 
 
 def mean_sums(run):

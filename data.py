@@ -1,7 +1,8 @@
-"""Data: the embedded `shapes` set, any folder or timm data set, and batches that are the same on every machine.
+"""Data: the embedded `shapes` set, any folder or timm data set, and the same batches on every machine.
 
-What a training sample looks like depends on (seed, epoch, index, repeat, repeats) alone, and which samples make up a
-global batch depends on (seed, epoch, batch size, repeats): not on numbers of processes or workers, or interruptions.
+What a training sample looks like depends on (seed, epoch, index, repeat, repeats) alone. Which
+samples make up a global batch depends on (seed, epoch, batch size, repeats). Neither depends on
+the number of processes or workers, or on interruptions.
 """
 import hashlib
 import multiprocessing
@@ -21,8 +22,16 @@ from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+class DataError(ValueError):
+    """Data that cannot be used."""
+
+
+class BadImage(DataError):
+    """An image that cannot be read."""
+
 
 # ---------- shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
 
@@ -33,21 +42,30 @@ VAL_SIZE = 4000
 
 
 def draw_shapes(count, split="train", seed=0):
-    """Draw images 0..count-1 of a split. Image i depends on (seed, split, i) only; its class is i mod 20.
-    Returns uint8 [count, 3, 32, 32] and int64 [count]. About 0.3 ms an image on one core."""
+    """Draw images 0..count-1 of a split -> uint8 [count, 3, 32, 32] and classes, int64 [count].
+
+    Image i depends on (seed, split, i) only; its class is i mod 20. About 0.3 ms an image.
+    """
+    number = ("train", "val").index(split)
     # Row i of a generator's table does not depend on how many rows are drawn.
-    table, pixels = (np.random.default_rng([seed, ("train", "val").index(split), stream]) for stream in (0, 1))
+    table = np.random.default_rng([seed, number, 0])
+    pixels = np.random.default_rng([seed, number, 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
-    chunks = [_draw(table.random((n := len(part), 35), np.float32), pixels.random((n, 2, SIZE, SIZE), np.float32), part)
-              for part in np.array_split(labels, max(1, count // 1000))]
-    return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    chunks = []
+    for part in np.array_split(labels, max(1, count // 1000)):
+        numbers = table.random((len(part), 35), np.float32)
+        noise = pixels.random((len(part), 2, SIZE, SIZE), np.float32)
+        chunks.append(_draw(numbers, noise, part))
+    images = torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2)
+    return images.contiguous(), torch.from_numpy(labels)
 
 
 def _draw(table, pixels, labels):
-    """The formula: float32 table [n, 35] and pixels [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
+    """The formula: float32 [n, 35] and [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
     columns = iter(table.T)
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
-    rows, shape, texture = np.arange(len(labels)), *divmod(labels, len(TEXTURES))
+    rows = np.arange(len(labels))
+    shape, texture = np.divmod(labels, len(TEXTURES))
 
     def uniform(low, high):  # a number for each image: [n, 1, 1]
         return low + (high - low) * next(columns)[:, None, None]
@@ -58,35 +76,53 @@ def _draw(table, pixels, labels):
     def rotated(x, y, turn):
         return x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
 
-    def paint(image, mask, paint_colour):  # mask: coverage, [n, 32, 32]
-        return image + np.clip(mask, 0, 1)[..., None] * (paint_colour - image)
+    def paint(image, coverage, paint_colour):  # coverage: [n, 32, 32]
+        return image + np.clip(coverage, 0, 1)[..., None] * (paint_colour - image)
 
     def litter(image):  # a small bar anywhere
         x, y = rotated(xs - uniform(-16, 16), ys - uniform(-16, 16), uniform(0, np.pi))
-        half_length, half_width = uniform(1.5, 8), uniform(1, 2)
-        return paint(image, np.minimum(half_length - abs(x), half_width - abs(y)), colour(0, 0.6))
+        half_length = uniform(1.5, 8)
+        half_width = uniform(1, 2)
+        bar = np.minimum(half_length - abs(x), half_width - abs(y))
+        return paint(image, bar, colour(0, 0.6))
 
-    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]  # dark, a slight gradient
+    # Background: dark, with a slight gradient.
+    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]
     image = litter(image)
 
     # Shape: a function that is positive inside, in units of the radius.
     radius = uniform(10, 13)
     x, y = rotated(xs - uniform(-1, 1), ys - uniform(-1, 1), uniform(-0.35, 0.35))
-    u, v, rho, phi = x / radius, y / radius, np.hypot(x, y) / radius, np.arctan2(y, x)
-    triangle = np.max([u * np.cos(k) + v * np.sin(k) for k in np.pi * np.array([1 / 6, 5 / 6, 9 / 6])], axis=0)
-    inside = np.stack([0.9 - rho, 0.8 - np.maximum(abs(u), abs(v)), 0.55 - triangle,
-                       0.27 - abs(rho - 0.68), 0.68 + 0.26 * np.cos(5 * phi) - rho])[shape, rows]
+    u, v = x / radius, y / radius
+    rho = np.hypot(x, y) / radius
+    phi = np.arctan2(y, x)
+    normals = np.pi * np.array([1 / 6, 5 / 6, 9 / 6])  # of the triangle's sides
+    triangle = np.max([u * np.cos(k) + v * np.sin(k) for k in normals], axis=0)
+    inside = np.stack([
+        0.9 - rho,  # disk
+        0.8 - np.maximum(abs(u), abs(v)),  # square
+        0.55 - triangle,
+        0.27 - abs(rho - 0.68),  # ring
+        0.68 + 0.26 * np.cos(5 * phi) - rho,  # star
+    ])[shape, rows]
 
-    # Texture: a number in [0, 1] at every pixel, between two colours.
+    # Texture: a number in [0, 1] at every pixel, which mixes two colours.
     p, q = rotated(x, y, uniform(0, 2 * np.pi))
-    frequency = 2 * np.pi / uniform(5, 7)  # of stripes and checkers: 5 to 7 pixels
-    wave_p, wave_q = np.sin(frequency * p), np.sin(frequency * q)
-    pattern = np.stack([np.clip(0.5 + 0.5 * p / radius, 0, 1), 0.5 + 0.5 * np.tanh(3 * wave_p),
-                        0.5 + 0.5 * np.tanh(3 * wave_p * wave_q), pixels[:, 0]])[texture, rows]
-    base, contrast = colour(0.5, 0.9), uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
+    frequency = 2 * np.pi / uniform(5, 7)  # stripes and checkers repeat every 5 to 7 pixels
+    wave_p = np.sin(frequency * p)
+    wave_q = np.sin(frequency * q)
+    pattern = np.stack([
+        np.clip(0.5 + 0.5 * p / radius, 0, 1),  # gradient
+        0.5 + 0.5 * np.tanh(3 * wave_p),  # stripes
+        0.5 + 0.5 * np.tanh(3 * wave_p * wave_q),  # checker
+        pixels[:, 0],  # noise
+    ])[texture, rows]
+    base = colour(0.5, 0.9)
+    contrast = uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
     image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
 
-    image = litter(image) + (pixels[:, 1, ..., None] - 0.5) * 0.12  # something in front, and sensor noise
+    image = litter(image)  # something in front
+    image = image + (pixels[:, 1, ..., None] - 0.5) * 0.12  # sensor noise
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -94,23 +130,25 @@ class Shapes(Dataset):
     """The embedded set: (PIL image, label)."""
 
     def __init__(self, count, split, label_noise=0.0):
-        self.images, self.labels = draw_shapes(count, split)
+        self.images, labels = draw_shapes(count, split)
         draws = torch.from_numpy(np.random.default_rng([0, 2]).random((count, 2)))
-        guesses = (draws[:, 1] * len(SHAPES) * len(TEXTURES)).long()  # a wrong label may be right by chance
-        self.labels = torch.where(draws[:, 0] < label_noise, guesses, self.labels)
+        classes = len(SHAPES) * len(TEXTURES)
+        guesses = (draws[:, 1] * classes).long()  # a guess may be right by chance
+        self.labels = torch.where(draws[:, 0] < label_noise, guesses, labels)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy()), int(self.labels[index])
+        image = self.images[index].permute(1, 2, 0).numpy()
+        return Image.fromarray(image), int(self.labels[index])
 
 
 # ---------- Opening a data set
 
 
 class Images(NamedTuple):
-    """A data set: its two splits, its number of classes, their names in order (None where it does not tell)."""
+    """A data set: its two splits, its number of classes, and their names in order (or None)."""
 
     train: Dataset
     val: Dataset
@@ -122,64 +160,88 @@ class Images(NamedTuple):
 
 
 def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
-    """Open a data set -> Images. Raises ValueError or OSError for what cannot be used.
+    """Open a data set -> Images. Raises DataError or OSError for what cannot be used.
 
-    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random); a folder that
-    holds train/ and val/ with one folder per class; or a name that timm.data.create_dataset knows (torch/cifar100,
-    hfds/...), kept in data/. With `only_val` a folder needs no train/ (train is val) and may hold the class folders.
+    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random),
+    a folder that holds train/ and val/ with one folder per class, or a name that
+    timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in data/. With `only_val` a folder
+    needs no train/ (train is val), and may hold the class folders, or the images themselves.
     """
     if name == "shapes":
+        train = Shapes(train_size, "train", label_noise)
+        val = Shapes(VAL_SIZE, "val")
         names = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
-        return Images(Shapes(train_size, "train", label_noise), Shapes(VAL_SIZE, "val"), len(names), names)
+        return Images(train, val, len(names), names)
     if name.startswith(("torch/", "hfds/")):
         return _open_timm(name)
-    folders = [Path(name) / "train", Path(name) / "val"]
-    if only_val and Path(name).is_dir():
-        folders = [folders[1] if folders[1].is_dir() else Path(name)]
-    splits = [Folder(folder) for folder in folders]
-    train, val = splits[0], splits[-1]
-    if train.classes != val.classes:
-        raise ValueError(f"train/ and val/ of {name} differ in classes: "
-                         f"{', '.join(sorted({*train.classes} ^ {*val.classes})[:5])} in only one of them")
-    if len(train.classes) < 2:
-        raise ValueError(f"{name} has one class: there is nothing to tell apart")
+    root = Path(name)
+    if only_val:
+        val = Folder(root / "val" if (root / "val").is_dir() else root)
+        return Images(val, val, len(val.classes), val.classes)
+    train, val = Folder(root / "train"), Folder(root / "val")
+    check_classes(train, val)
     return Images(train, val, len(val.classes), val.classes)
 
 
-class Folder(ImageFolder):
-    """torchvision's folder of class folders, without hidden names. A class may be empty, to keep its number."""
+class Folder(Dataset):
+    """A folder of images for each class: (PIL image, label). Images without class folders have no label."""
 
     def __init__(self, root):
-        others = []
-        super().__init__(root, loader=load_image, is_valid_file=partial(is_image, root, others=others),
-                         allow_empty=True)
-        if others and int(os.environ.get("RANK", 0)) == 0:
-            print(f"warning: {len(others)} files in {root} are no images and left out, as {others[0]}", flush=True)
-        self.refuse(not self.samples)
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"there is no folder {root}. {KINDS_OF_DATA}")
+        self.classes = []
+        self.samples = []  # (path, label)
+        for folder in sorted(self.root.iterdir()):
+            if folder.is_dir() and is_visible(folder.name):
+                self.samples += [(path, len(self.classes)) for path in find_images(folder)]
+                self.classes.append(folder.name)
+        if not self.classes:
+            self.samples = [(path, NO_LABEL) for path in find_images(root)]
+        if not self.samples:
+            raise DataError(f"{root} holds no images. {KINDS_OF_DATA}")
 
-    def find_classes(self, directory):
-        names = sorted(path.name for path in Path(directory).glob("[!.]*") if path.is_dir())
-        self.refuse(not names)
-        return names, {name: number for number, name in enumerate(names)}
+    def __len__(self):
+        return len(self.samples)
 
-    def refuse(self, condition):
-        if condition:
-            raise ValueError(f"{self.root} holds no images: give shapes, torch/NAME, hfds/NAME, or a folder that holds "
-                             f"train/ and val/ with one folder of .jpg, .png, ... per class")
-
-
-def is_image(root, path, others):
-    """Whether a file below `root` is an image by its name. A visible one that is not joins the list `others`."""
-    if any(part.startswith(".") for part in Path(path).relative_to(root).parts):
-        return False
-    if not path.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
-        others += [path]
-        return False
-    return True
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return load_image(path), label
 
 
-class BadImage(ValueError):
-    """An image that cannot be read."""
+KINDS_OF_DATA = (
+    "Give shapes, torch/NAME, hfds/NAME, or a folder that holds train/ and val/ with one folder of "
+    ".jpg, .png, ... per class")
+NO_LABEL = -100
+
+
+def check_classes(train, val):
+    """Refuse splits that do not fit each other, and classes without training images."""
+    names = train.classes
+    unshared = sorted({*names} ^ {*val.classes})
+    if unshared:
+        raise DataError(f"{train.root} and {val.root} differ: only one has {unshared[:5]}")
+    if len(names) < 2:
+        raise DataError(f"{train.root} has not two classes to tell apart. {KINDS_OF_DATA}")
+    for label in set(range(len(names))) - {label for _, label in train.samples}:
+        folder = train.root / names[label]
+        files = os.listdir(folder)[:3]
+        raise DataError(f"{folder} has no .jpg, .png, ... but {files}: convert these, or remove it")
+
+
+def is_visible(name):
+    return not name.startswith((".", "__MACOSX", "@eaDir"))  # the latter two: of macOS and of a NAS
+
+
+def find_images(folder):
+    """The paths of the images below a folder, in depth and in order, without what is hidden."""
+    found = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(filter(is_visible, folders))  # os.walk goes on with these
+        for name in sorted(filter(is_visible, names)):
+            if name.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
+                found.append(os.path.join(where, name))
+    return found
 
 
 UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what PIL raises
@@ -191,11 +253,11 @@ def load_image(path):
         with Image.open(path) as image:
             return to_rgb(image)
     except UNREADABLE as error:
-        raise BadImage(f"cannot read image {path} ({error}): mend or remove it, or use --skip-bad-images") from None
+        raise BadImage(f"cannot read image {path} ({error})") from None
 
 
 def to_rgb(image):
-    """Of 16 bits the upper 8 count. Raises ValueError for integers and floats, whose range nobody knows."""
+    """Of 16 bits the upper 8 count. Raises ValueError for pixels whose range nobody knows."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -204,23 +266,26 @@ def to_rgb(image):
 
 
 def _open_timm(name):
-    """A data set of timm.data.create_dataset. The first process of each node downloads while the others wait."""
-    wait = dist.barrier if dist.is_initialized() else tuple  # nothing to wait for
+    """A data set of timm.data.create_dataset. The first process of each node downloads, the others wait."""
+    waits = dist.is_initialized()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        wait()
+    if waits and not first:
+        dist.barrier()
     try:
-        train, val = (create_dataset(name, root="data", split=split, is_training=split == "train", download=True)
-                      for split in ("train", "validation"))
+        options = dict(root="data", download=True)
+        train = create_dataset(name, split="train", is_training=True, **options)
+        val = create_dataset(name, split="validation", **options)
     except Exception as error:  # each back end raises its own kind
-        raise ValueError(f"cannot open data set {name}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot open data set {name}: {reason}") from error
     finally:
-        if first:
-            wait()
-    numbers = getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
-    names = [", ".join(each) if isinstance(each, tuple) else each  # ImageNet's are tuples of synonyms
-             for each in getattr(train, "classes", None) or sorted(numbers, key=numbers.get)] or None
-    return Images(train, val, len(names) if names else max(label for _, label in train) + 1, names)
+        if waits and first:
+            dist.barrier()
+    reader = getattr(train, "reader", None)
+    numbers = getattr(reader, "class_to_idx", None) or {}
+    names = getattr(train, "classes", None) or sorted(numbers, key=numbers.get) or None
+    classes = len(names) if names else max(label for _, label in train) + 1
+    return Images(train, val, classes, names)
 
 
 # ---------- Which samples make up which batch
@@ -231,15 +296,24 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def training_batches(size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
-    """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat). All `world`
-    processes share each of a batch's `accum` parts. An epoch holds size / repeats images, each `repeats` times."""
-    sampler = RepeatAugSampler(range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
+def training_batches(
+        size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
+    """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat).
+
+    All `world` processes share each of a batch's `accum` parts. An epoch holds size / repeats images,
+    each `repeats` times.
+    """
+    sampler = RepeatAugSampler(
+        range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
     sampler.set_epoch(seed_of(seed, epoch))
     order = np.fromiter(sampler, np.int64)
     keys = np.stack([order, np.arange(size) % repeats], axis=1)
-    updates = keys[:size // batch_size * batch_size].reshape(-1, batch_size, 2)[start:]
-    return [part[rank::world] for update in updates for part in np.split(update, accum)]
+    updates = keys[:size // batch_size * batch_size].reshape(-1, batch_size, 2)
+    batches = []
+    for update in updates[start:]:
+        for part in np.split(update, accum):
+            batches.append(part[rank::world])
+    return batches
 
 
 def evaluation_batches(size, batch_size, *, rank=0, world=1):
@@ -252,43 +326,82 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 # ---------- Loaders: images reach the device as uint8 and are normalised there
 
 
+class Samples(Dataset):
+    """samples[epoch, index, repeat]: a transformed image, its label, a seed of its own. Raises BadImage.
+
+    The randomness of the transform follows from the seed. With `skip_bad` the next image replaces one
+    that cannot be read.
+    """
+
+    def __init__(self, dataset, transform, seed, skip_bad):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.skip_bad = skip_bad
+
+    def __getitem__(self, key):
+        epoch, index, repeat = key
+        text = repr((self.seed, epoch, index, repeat))
+        digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
+        seed = int.from_bytes(digest, "little")  # seed_of is 0.1 ms slower: 2 % of an image
+        random.seed(seed)  # timm's transforms draw from all three
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every device
+        image, label = self.read(index)
+        return self.transform(image), label, seed
+
+    def read(self, index):
+        try:
+            image, label = self.dataset[index]
+            return to_rgb(image), label
+        except UNREADABLE as error:
+            if not self.skip_bad:
+                raise BadImage(f"image {index}: {error}: mend it, or --skip-bad-images") from None
+            print(f"warning: skipped: {error}", flush=True)
+            return self.read((index + 1) % len(self.dataset))
+
+
 class Loader:
-    """What both kinds share: `size`, the count of images; `normalise`, uint8 [b, 3, S, S] -> float32 for the model."""
+    """What both kinds share: `size`, the number of images, and `normalise`, uint8 -> float32."""
 
     def __init__(self, size, mean, std, device, seed):
-        self.scale = torch.tensor(std, device=device).view(3, 1, 1).mul(255).reciprocal()
-        self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
-        self.size, self.device, self.seed = size, device, seed
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        self.scale = std.to(device).view(3, 1, 1).mul(255).reciprocal()
+        self.mean_by_std = (mean / std).view(3, 1, 1).to(device)
+        self.size = size
+        self.device = device
+        self.seed = seed
 
     def normalise(self, images):
-        return images.float().mul_(self.scale).sub_(self.shift)
+        return images.float().mul_(self.scale).sub_(self.mean_by_std)
 
 
 class TensorLoader(Loader):
-    """Small images (below 64 px): the whole set as uint8 [N, 3, S, S] on the device, pad-crop and flip batched."""
+    """Small images (below 64 px): all of them as uint8 [N, 3, S, S] on the device, augmented in batches."""
 
     evaluation_batch = 250  # images
 
-    def __init__(self, dataset, *, img_size, repeats, skip_bad, **common):
+    def __init__(self, dataset, img_size, repeats, skip_bad, **common):
         super().__init__(len(dataset), **common)
         self.repeats = repeats
-        if isinstance(dataset, Shapes) and img_size == SIZE:
-            images, labels = dataset.images, dataset.labels
-        else:
-            transform = create_transform(img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
-            samples = Samples(dataset, transform, skip_bad)
-            decoded = [samples[index, 0] for index in range(len(dataset))]
-            images, labels = torch.stack([image for image, _ in decoded]), torch.tensor([label for _, label in decoded])
-        self.images, self.labels = images.to(self.device), labels.to(self.device)
+        transform = create_transform(
+            img_size, crop_pct=1.0, interpolation="bicubic", normalize=False)
+        samples = Samples(dataset, transform, 0, skip_bad)
+        decoded = [samples[0, index, 0] for index in range(self.size)]
+        images, labels, _ = zip(*decoded)
+        self.images = torch.stack(images).to(self.device)
+        self.labels = torch.tensor(labels).to(self.device)
 
     def load(self, batches, epoch=None):
-        """Yield (images [b, 3, S, S], labels [b]) on the device for batches of keys; augmented if in an `epoch`."""
+        """Yield (images [b, 3, S, S], labels [b]) on the device for batches of keys.
+
+        Within an `epoch` the images are augmented.
+        """
         if epoch is not None:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
-            draws = torch.rand(len(self.labels), self.repeats, 3, generator=generator).to(self.device)
-        sizes = [len(keys) for keys in batches]
-        keys = torch.from_numpy(np.concatenate([np.empty((0, 2), np.int64), *batches])).to(self.device)
-        for index, repeat in (part.unbind(1) for part in keys.split(sizes)):  # one copy an epoch, not one a batch
+            draws = torch.rand(self.size, self.repeats, 3, generator=generator).to(self.device)
+        for keys in batches:
+            index, repeat = torch.from_numpy(keys).to(self.device).unbind(1)
             images = self.images[index]
             if epoch is not None:
                 images = pad_crop_flip(images, draws[index, repeat])
@@ -296,14 +409,70 @@ class TensorLoader(Loader):
 
 
 def pad_crop_flip(images, draws, padding=4):
-    """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them. Images [b, C, S, S] of any
-    dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored."""
+    """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them.
+
+    Images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored.
+    """
     down, right = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
     steps = torch.arange(images.shape[-1], device=images.device)
     ys = down[:, None] + steps  # [b, S]
     xs = right[:, None] + torch.where(draws[:, 2:] < 0.5, steps.flip(0), steps)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return F.pad(images, [padding] * 4)[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
+    padded = F.pad(images, [padding] * 4)
+    return padded[batch, :, ys[:, :, None], xs[:, None, :]].movedim(-1, 1)
+
+
+class StreamLoader(Loader):
+    """Large images (from 64 px): worker processes decode and augment them, and live for the whole training.
+
+    Keys travel with each batch, so that no state of a former epoch leaks into this one.
+    """
+
+    evaluation_batch = 64  # 10 MB at 224 px, for a container's /dev/shm
+
+    def __init__(self, samples, workers, erasing=None, **common):
+        super().__init__(len(samples.dataset), **common)
+        self.erasing = erasing
+        self.batches = []  # the sampler of `loader`: the keys of the batches to come
+        parallel = {}
+        if workers:
+            usual = "fork" if sys.platform == "linux" else "spawn"  # fork is cheapest, and safe there
+            parallel = dict(
+                num_workers=workers,
+                multiprocessing_context=multiprocessing.get_start_method(allow_none=True) or usual,
+                persistent_workers=True,
+                worker_init_fn=leave_process_group)
+        self.loader = DataLoader(
+            samples, batch_sampler=self.batches, pin_memory=self.device.type == "cuda", **parallel)
+
+    def load(self, batches, epoch=None):
+        """As TensorLoader.load."""
+        self.batches.clear()
+        for keys in batches:
+            self.batches.append([(epoch or 0, *key) for key in keys.tolist()])
+        for images, labels, seeds in self.loader:
+            images = self.normalise(images.to(self.device, non_blocking=True))
+            if self.erasing:
+                for image, seed in zip(images, seeds.tolist()):
+                    random.seed(seed)  # of its own: the same in any batch
+                    torch.manual_seed(seed)
+                    self.erasing(image)
+            yield images, labels.to(self.device, non_blocking=True)
+
+
+def leave_process_group(worker):
+    """Only the main process answers Ctrl-C and torchrun's signals."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
+def default_workers():
+    """This process's share of the cores, 16 at most: more would exhaust open files before they help."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, share))
 
 
 def at_least_one_bit(level_to_arg, level, hparams):
@@ -315,106 +484,29 @@ for _name in ("Posterize", "PosterizeIncreasing"):  # no lambdas: spawned worker
     auto_augment.LEVEL_TO_ARG[_name] = partial(at_least_one_bit, auto_augment.LEVEL_TO_ARG[_name])
 
 
-class StreamLoader(Loader):
-    """One split, train or val, of a `Pool` of workers that decode and augment large images."""
+def build_loaders(
+        train, val, *, img_size, mean, std, device, seed=0, repeats=1, workers=2, crop_pct=0.875,
+        auto_augment=None, random_erasing=0.0, skip_bad_images=False):
+    """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above.
 
-    evaluation_batch = 64  # 10 MB at 224 px, for a container's /dev/shm
-
-    def __init__(self, pool, split, erasing=None, **common):
-        super().__init__(pool.sizes[split], **common)
-        self.pool, self.split, self.erasing = pool, split, erasing
-
-    def load(self, batches, epoch=None):
-        """As TensorLoader.load."""
-        reseed = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}.get(
-            self.device.type, torch.default_generator.manual_seed)
-        for images, labels, seeds in self.pool.load(self.split, batches, epoch or 0):
-            images = self.normalise(images.to(self.device, non_blocking=True))
-            for image, seed in zip(images, seeds.tolist() if self.erasing else ()):
-                random.seed(seed)  # of its own: the same in any batch
-                reseed(seed)
-                self.erasing(image)
-            yield images, labels.to(self.device, non_blocking=True)
-
-
-class Pool:
-    """Worker processes for both splits, started once, at the first batch. Keys travel with each batch, so that no state
-    of a former epoch leaks into this one. Fork is the cheapest start, and safe on Linux."""
-
-    def __init__(self, splits, seed, workers, pin_memory):
-        self.batches, self.sizes = [], [len(samples.dataset) for samples in splits]
-        asked = multiprocessing.get_start_method(allow_none=True)
-        context = asked or ("fork" if sys.platform == "linux" else "spawn")
-        parallel = dict(num_workers=workers, multiprocessing_context=context, persistent_workers=True,
-                        worker_init_fn=leave_process_group) if workers else {}
-        self.loader = DataLoader(Splits(splits, seed), batch_sampler=self.batches, pin_memory=pin_memory, **parallel)
-
-    def load(self, split, batches, epoch):
-        """Yield (uint8 images [b, 3, S, S], labels [b], a seed for each image [b])."""
-        self.batches[:] = [[(split, epoch, *key) for key in keys.tolist()] for keys in batches]
-        return iter(self.loader)
-
-
-def leave_process_group(worker):
-    """Only the main process answers Ctrl-C and torchrun's signals."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-
-
-class Splits(Dataset):
-    """Samples of two data sets by (split, epoch, index, repeat): uint8 image, label, and a seed of its own."""
-
-    def __init__(self, splits, seed):
-        self.splits, self.seed = splits, seed
-
-    def __getitem__(self, key):
-        split, epoch, index, repeat = key
-        digest = hashlib.blake2s(repr((self.seed, epoch, index, repeat)).encode(), digest_size=4).digest()
-        seed = int.from_bytes(digest, "little")  # seed_of is 0.1 ms slower: 2 % of an image
-        return *self.splits[split][index, seed], seed
-
-
-def default_workers():
-    """This process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-class Samples(Dataset):
-    """samples[index, seed]: an image through the transform, whose randomness starts from the seed, and its label. An
-    unreadable image raises BadImage; with `skip_bad` the next readable one replaces it."""
-
-    def __init__(self, dataset, transform, skip_bad=False):
-        self.dataset, self.transform, self.skip_bad = dataset, transform, skip_bad
-
-    def __getitem__(self, key):
-        first, seed = key
-        random.seed(seed)  # timm's transforms draw from all three
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every device
-        for index in range(first, first + len(self.dataset)):
-            try:
-                image, label = self.dataset[index % len(self.dataset)]
-                return self.transform(to_rgb(image)), label
-            except UNREADABLE as error:
-                if not self.skip_bad:
-                    raise BadImage(str(error) if isinstance(error, BadImage) else f"image {index}: {error}") from None
-        raise BadImage("none of the images can be read")
-
-
-def build_loaders(train, val, *, img_size, mean, std, device, seed=0, repeats=1, workers=2, crop_pct=0.875,
-                  auto_augment=None, color_jitter=None, random_erasing=0.0, skip_bad_images=False):
-    """Loaders of the two data sets: `.load(batches, epoch)` with the batches of the functions above. Below 64 px:
-    pad-crop and flip. From 64 px: timm's ImageNet pipeline in `workers` processes for both (0: in this one)."""
+    Below 64 px: pad-crop and flip. From 64 px: timm's ImageNet pipeline, in `workers` processes for
+    each of the two (0: in this process).
+    """
     common = dict(mean=mean, std=std, device=device, seed=seed)
     if img_size < 64:
-        return tuple(TensorLoader(dataset, img_size=img_size, repeats=repeats, skip_bad=skip_bad_images, **common)
-                     for dataset in (train, val))
-    make_transform = partial(create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
-                             use_prefetcher=True)  # as bytes
-    transforms = (make_transform(is_training=True, auto_augment=auto_augment, color_jitter=color_jitter),
-                  make_transform(crop_pct=crop_pct))
-    splits = [Samples(dataset, transform, skip_bad_images) for dataset, transform in zip((train, val), transforms)]
-    pool = Pool(splits, seed, workers, pin_memory=device.type == "cuda")
-    erasing = RandomErasing(random_erasing, mode="pixel", device=device) if random_erasing else None
-    return StreamLoader(pool, 0, erasing, **common), StreamLoader(pool, 1, **common)
+        return (
+            TensorLoader(train, img_size, repeats, skip_bad_images, **common),
+            TensorLoader(val, img_size, repeats, skip_bad_images, **common))
+    make_transform = partial(
+        create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
+        use_prefetcher=True)  # as bytes
+    augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
+    resize = make_transform(crop_pct=crop_pct)
+    erasing = None
+    if random_erasing:
+        erasing = RandomErasing(random_erasing, mode="pixel", device=device)
+    train_samples = Samples(train, augment, seed, skip_bad_images)
+    val_samples = Samples(val, resize, seed, skip_bad_images)
+    return (
+        StreamLoader(train_samples, workers, erasing, **common),
+        StreamLoader(val_samples, workers, **common))

@@ -4,626 +4,709 @@
     python train_kd.py --method lift                    # the same without torchrun: one process
     python train_kd.py --method none --variant widened  # a student alone
     torchrun --nproc_per_node=4 train_kd.py --data /data/imagenet --first 1 --last 1
-    python train_kd.py --data DIR --student NAME --student-weights pretrained --teacher-weights runs/teacher
+    python train_kd.py --recipe finetune --data DIR --teacher-weights runs/teacher
     python train_kd.py --eval --out runs/spectral       # accuracy of a run's student
+
+--help shows the flags and the defaults of the recipe and the method that stand beside it.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads spin while another one waits for their core
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads would busy-wait on cores that others need
 
 import argparse
-import copy
+import contextlib
+import io
 import json
-import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3, ParseKwargs, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import losses
 import models
-from losses import METHODS, Distiller
+from losses import METHODS
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---------- Hyperparameters: a flag each, the comment is its help. Those of the objectives stand in losses.py
 
-IMAGENET = dict(  # DD C.3, the released code: DeiT's recipe without mixup and cutmix
-    student="deit_tiny_patch16_224",  # timm model
-    teacher="cait_s24_224",  # timm model
-    teacher_weights="",  # a file, a run's folder or random; else timm's pretrained
-    img_size=224,  # px; by default the student's own
-    epochs=300,  # of training
-    batch_size=2048,  # global; by default lower for 20 updates an epoch of a small set
-    accum=1,  # gradient accumulation steps
-    lr=2e-3,  # peak; by default scales with a typed batch, with the root of a lowered one
-    min_lr=1e-5,  # at the end
-    warmup_lr=1e-6,  # at the start
-    warmup_epochs=5.0,  # linear
-    weight_decay=0.05,  # of AdamW
-    ema_decay=0.99996,  # of the student's EMA
-    repeats=3,  # of each image in a batch (repeated augmentation)
-    auto_augment="rand-m9-mstd0.5-inc1",  # timm's RandAugment; this and the next three: from 64 px
-    color_jitter=0.4,  # strength
-    random_erasing=0.25,  # probability
-    crop_pct=0.875,  # of the image in evaluation
-    train_size=4000,  # training images of shapes
-    label_noise=0.2,  # share of shapes' training labels that are random
-    seed=0)  # of all that a run draws
-TOY = dict(IMAGENET, student="deit_toy_patch8_32", teacher="cait_toy_patch8_32", img_size=32, epochs=30, batch_size=64,
-           warmup_epochs=2.0, ema_decay=0.99, repeats=1)
-RECIPES = {"imagenet": IMAGENET, "small": TOY,  # small: images below 64 px
-           "shapes": dict(TOY, teacher_weights="weights/cait_toy_shapes.safetensors")}
+class UserError(ValueError):
+    """What a user can mend: main prints it as one line."""
+
+
+# ---------- Settings. Each is a flag. Weakest first: row, recipe, method, resumed run, command line
+
+RECIPES = {
+    "imagenet": {},  # DD C.3: DeiT's recipe without mixup and cutmix, the defaults of the rows below
+    "toy": dict(  # images below 64 px: the embedded shapes, CIFAR
+        student="deit_toy_patch8_32",
+        teacher="cait_toy_patch8_32",
+        teacher_weights="weights/cait_toy_shapes.safetensors",
+        epochs=30,
+        batch_size=64,
+        warmup_epochs=2.0,
+        ema_decay=0.99,
+        repeats=1,
+        amp="off",
+        snapshot_every=3),
+    "finetune": dict(  # a folder of photos, from pretrained weights
+        student_weights="pretrained",
+        epochs=30,
+        batch_size=16,
+        lr=5e-5,
+        min_lr=1e-6,
+        ema_decay=0.99,
+        repeats=1,
+        snapshot_every=3),
+}
+
+# Where a flag has an effect: rows of name, default, help, choices. A method's own stand in losses.py.
+SETTINGS = {"everywhere": [
+    ("recipe", "", "defaults: toy for shapes, else imagenet; finetune for photos", RECIPES),
+    ("method", "spectral", "objective", METHODS),
+    ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
+    ("skip_bad_images", False, "replace an image that cannot be read by the next"),
+    ("img_size", 224, "px; by default the student's own, or that of the teacher's run"),
+    ("repeats", 3, "of each image in a batch (repeated augmentation)"),
+
+    ("student", "deit_tiny_patch16_224", "timm model"),
+    ("student_weights", "", "its start: pretrained (timm's), a file, a run's folder"),
+    ("student_kwargs", {}, "for timm; EM's UniformWide: embed_dim=219 num_heads=3"),
+    ("variant", "plain", "of the student", models.VARIANTS),
+
+    ("epochs", 300, "of training"),
+    ("batch_size", 2048, "images of an update, over all processes"),
+    ("accum", 1, "parts of a batch, one after the other (gradient accumulation)"),
+    ("lr", 2e-3, "highest rate; a typed --batch-size scales it, in finetune by the square root"),
+    ("min_lr", 1e-5, "at the end"),
+    ("warmup_lr", 1e-6, "at the start"),
+    ("warmup_epochs", 5.0, "linear, at most a fifth of the training"),
+    ("weight_decay", 0.05, "of AdamW"),
+    ("ema_decay", 0.99996, "of the average of the student's weights (EMA)"),
+    ("seed", 0, "of all that a run draws"),
+
+    ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
+    ("amp", "auto", "bfloat16; auto: where the device computes in it", ("auto", "on", "off")),
+    ("compile", False, "torch.compile both models"),
+    ("out", "", "folder of the run; by default runs/METHOD"),
+    ("snapshot_every", 30, "epochs between epoch_NNNN.pt"),
+    ("resume", False, "go on with the run in --out, or start it"),
+    ("eval", False, "accuracy of the run in --out"),
+    ("dry_run", False, "build and print everything"),
+], "shapes": [
+    ("train_size", 4000, "training images"),
+    ("label_noise", 0.2, "share of the training labels that are random"),
+], "from 64 px": [
+    ("auto_augment", "rand-m9-mstd0.5-inc1", "timm's RandAugment"),
+    ("random_erasing", 0.25, "probability"),
+    ("crop_pct", 0.875, "share of the image that evaluation sees"),
+    ("workers", data.default_workers(), "processes that read images"),
+], "teacher": [
+    ("teacher_weights", "", "a file, a run's folder or random; else timm's pretrained"),
+    ("teacher_head", "pretrained", "random: it has none for this data", ("pretrained", "random")),
+    ("teacher_maps", "trained", "random: those of an untrained twin", ("trained", "random")),
+], "teacher model": [
+    ("teacher", "cait_s24_224", "timm model"),
+    ("teacher_kwargs", {}, "for timm"),
+], "layers": [
+    ("first", 0, "align the first X layers; without any, as the method wants"),
+    ("last", 0, "align the last Y layers"),
+    ("student_layers", [], "explicit, ascending, timm's indices from 0"),
+    ("teacher_layers", [], "the teacher's, as many"),
+]}
 
 # ---------- The loop
-
-
-def update(run, stream):
-    """One optimizer step on the next global batch of the stream. Adds its loss terms to run.sums."""
-    for micro in range(run.args.accum):
-        images, labels = next(stream)
-        with torch.no_grad(), run.autocast("teacher"):
-            taught = run.teacher(images) if run.teacher else None
-        backward(run, images, labels, taught, micro)
-    step(run)
-
-
-def backward(run, images, labels, taught, micro):
-    """The gradients of one micro-batch, which the teacher has seen already."""
-    torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, micro))  # for drop-path, dropout
-    run.ddp.require_backward_grad_sync = micro == run.args.accum - 1
-    with run.autocast("student"):
-        _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
-    (sum(terms.values()) / run.args.accum).backward()
-    for name, value in terms.items():
-        run.sums[name] = run.sums.get(name, 0) + value.detach() / run.args.accum
-
-
-def step(run):
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.ema.update(run.student, step=run.step)
-    run.step += 1
 
 
 def train(run):
     """Train from where the run stands to its last epoch."""
     args, steps = run.args, run.steps
     for epoch in range(len(run.log), args.epochs):
-        began, start = time.perf_counter(), run.step - epoch * steps
+        began = time.perf_counter()
+        start = run.step - epoch * steps  # above 0 if the run was stopped within the epoch
         batches = data.training_batches(
             run.train_loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
             repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
         stream = run.train_loader.load(batches, epoch)
         run.distiller.train()
-        for i in tqdm(range(start, steps), desc=f"epoch {epoch + 1}", leave=False, disable=RANK > 0 or None):
-            run.scheduler.step_update(run.step)
+        quiet = RANK > 0 or None  # None: where there is no terminal
+        for i in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
             update(run, stream)
-            received = run.stop.asked()
-            if received and i + 1 < steps:
-                save(run)
-                say(f"stopped by {signal.Signals(received).name} after step {run.step}: --resume --out {run.out}")
-                sys.exit(128 + received)
+            stop_after_signal(run)
             if i % 50 == 49:
-                mean_sums(run)  # ends it at NaN
+                mean_sums(run)  # stops the run at a NaN loss
+        end_epoch(run, steps - start, time.perf_counter() - began)
 
-        end_epoch(run, epoch, (steps - start) * args.batch_size, time.perf_counter() - began)
+
+def update(run, stream):
+    """One optimizer step on the next global batch of the stream."""
+    for part in range(run.args.accum):
+        images, labels = next(stream)
+        taught = None
+        if run.teacher:
+            with torch.no_grad(), run.autocast:
+                taught = run.teacher(images)
+        learn(run, part, images, labels, taught)
 
 
-def end_epoch(run, epoch, images, seconds):
-    """Evaluate and record. `images` were trained on in `seconds`."""
-    terms = {name: value / run.steps for name, value in mean_sums(run).items()}
-    save(run)  # evaluation may be killed
+def learn(run, part, images, labels, taught):
+    """The gradients of one part of a batch; after the last part, the optimizer step."""
+    accum = run.args.accum
+    last = part == accum - 1
+    torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, part))  # for drop-path
+    run.ddp.require_backward_grad_sync = last
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)
+    with run.autocast:
+        _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
+    loss = sum(terms.values()) / accum
+    loss.backward()
+    for name, value in terms.items():
+        run.sums[name] = run.sums.get(name, 0) + value.detach() / accum
+    if last:
+        run.scheduler.step_update(run.step)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.ema.update(run.student, step=run.step)
+        run.step += 1
+
+
+def end_epoch(run, updates, seconds):
+    """Evaluate and record an epoch, of which this call made some `updates` in `seconds`."""
+    sums = mean_sums(run)
+    save(run, sums)  # evaluation may be killed
     began = time.perf_counter()
-    student, ema = evaluate([run.student, run.ema.module], run.val_loader, run.autocast("student"))
-    run.log.append({"epoch": epoch, "step": run.step, "lr": run.optimizer.param_groups[0]["lr"],
-                    "loss": sum(terms.values()), "terms": terms, "top1": student[0], "top5": student[1],
-                    "ema_top1": ema[0], "ema_top5": ema[1], "images_per_s": images / max(seconds, 1e-9),
-                    "seconds": seconds + time.perf_counter() - began})
+    judged = [run.student, run.ema.module]
+    student, ema = evaluate(judged, run.val_loader, run.autocast)
+    terms = {name: value.item() / run.steps for name, value in sums.items()}
+    run.log.append({
+        "epoch": len(run.log),
+        "step": run.step,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "loss": sum(terms.values()),
+        "terms": terms,
+        "top1": student[0],
+        "top5": student[1],
+        "ema_top1": ema[0],
+        "ema_top5": ema[1],
+        "images_per_s": updates * run.args.batch_size / seconds,
+        "seconds": seconds + time.perf_counter() - began})
     run.sums = {}
     if RANK == 0:
         report(run)
         write_epoch(run)
-    save(run)
+    save(run, {})
 
 
 def mean_sums(run):
-    """The sums of the epoch's loss terms, averaged over the processes. NaN or infinity ends the run."""
-    sums = torch.stack([*run.sums.values()])
+    """{term: its sum over the epoch so far}, averaged over the processes. Stops at NaN or infinity."""
+    sums = torch.stack(list(run.sums.values()))
     if WORLD > 1:
         dist.all_reduce(sums)
         sums /= WORLD
-    named = dict(zip(run.sums, sums.tolist()))
-    if not sums.isfinite().all():
-        fail(f"loss terms at step {run.step}: {named}: try a lower --lr or --beta, or --amp off")
-    return named
+    refuse(not sums.isfinite().all(),
+           f"{run.out}: at step {run.step} the sums of {[*run.sums]} are {sums.tolist()}: "
+           f"lower --lr or --beta, or --amp off")
+    return dict(zip(run.sums, sums))
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # graphs are for training's batches
-def evaluate(students, loader, amp):
-    """[[top-1 %, top-5 %, cross-entropy, top-1 % of each class ...]] of the models. The processes share the images."""
-    classes = students[0].model.num_classes
-    totals = torch.zeros(len(students) + 1, 3 + classes, device=loader.device)  # the last row counts the labels
-    torch.nn.ModuleList(students).eval()
-    batches = data.evaluation_batches(loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
+@torch.compiler.set_stance("force_eager")  # compiled graphs are for training's batches
+def evaluate(students, loader, autocast):
+    """[top-1 %, top-5 %, cross-entropy] of each model. The processes share the images."""
+    totals = torch.zeros(len(students), 3, device=loader.device)
+    for model in students:
+        if WORLD > 1:
+            distribute_bn(model, WORLD, reduce=True)  # BatchNorm's statistics are each process's own
+        model.eval()
+    batches = data.evaluation_batches(
+        loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
     for images, labels in loader.load(batches):
-        totals[-1, 3:] += labels.bincount(minlength=classes)
-        for model, row in zip(students, totals):
-            with amp:
+        for model, total in zip(students, totals):
+            with autocast:
                 logits, _ = model(images)
-            correct = logits.topk(min(5, classes)).indices == labels[:, None]
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            row[:3] += torch.stack([100 * correct[:, 0].sum(), 100 * correct.sum(), loss])
-            row[3:] += 100 * labels[correct[:, 0]].bincount(minlength=classes)
+            correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            total[0] += 100 * correct[:, 0].sum()
+            total[1] += 100 * correct.sum()
+            total[2] += F.cross_entropy(logits.float(), labels, reduction="sum")
     if WORLD > 1:
         dist.all_reduce(totals)
-    *rows, labels = totals.tolist()
-    return [[part / n if n else 100 for part, n in zip(row, [loader.size] * 3 + labels[3:])] for row in rows]
+    return (totals.cpu().double() / loader.size).tolist()
 
 
-class Stop:
-    """Remembers SIGTERM, SIGUSR1 or Ctrl-C. All stop after the same update."""
+@contextlib.contextmanager
+def signals_remembered(run):
+    """Ctrl-C or a signal to end lets the current update finish. (Ctrl-\\ ends the program at once.)"""
+    def remember(number, frame):
+        run.signal = number
 
-    def __enter__(self):
-        self.received, self.former = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & {*dir(signal)}:  # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self.former[number] = signal.signal(number, self.remember)
-            self.written, self.read = socket.socketpair()
-            self.written.setblocking(False)
-            self.former_fd = signal.set_wakeup_fd(self.written.fileno())
-            threading.Thread(target=self.watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.former.items():
+    former = {}
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            former[number] = signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
             signal.signal(number, handler)
-        if self.former:
-            signal.set_wakeup_fd(self.former_fd)
-            self.written.close()
 
-    def remember(self, number, frame):
-        self.received = number
 
-    def watch(self):
-        """The second Ctrl-C ends even a program that hangs. (The first one may come twice at once.)"""
-        first = None
-        while number := self.read.recv(1):
-            if number[0] == signal.SIGINT:
-                first = first or time.monotonic()
-                if time.monotonic() > first + 1:
-                    os._exit(130)
-
-    def asked(self):
-        """The signal that any process has received, or 0."""
-        received = torch.tensor(self.received)
-        if WORLD > 1:
-            dist.all_reduce(received, dist.ReduceOp.MAX)
-        return received.item()
+def stop_after_signal(run):
+    """Save and exit if any process has received a signal: all stop after the same update."""
+    received = torch.tensor(run.signal)
+    if WORLD > 1:
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+    if received:
+        save(run, mean_sums(run))
+        name = signal.Signals(received.item()).name
+        say(f"stopped by {name} after step {run.step}: go on with --resume --out {run.out}")
+        sys.exit(128 + received.item())
 
 
 # ---------- Building
 
 
 def build(args, classes):
-    """-> the teacher (HookedModel or None), the Distiller, mean and std of the images."""
+    """-> the teacher (or None) and the Distiller."""
     method = METHODS[args.method]
-    options = {name: getattr(args, name) for name in method.options()}
-    common, teacher, width = dict(num_classes=classes, img_size=args.img_size), None, None
-    build_teacher = partial(
-        models.build_teacher, args.teacher, args.teacher_weights, **common, needed=method.needs_teacher,
-        random_head=args.teacher_head == "random", **args.teacher_kwargs)
+    torch.manual_seed(args.seed)
+    teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
-        teacher = build_teacher(blank=args.dry_run and not args.teacher_weights)  # a file is tried
+        untrained = not method.needs_teacher or args.dry_run and not args.teacher_weights
+        teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
-        args.student, **common, variant=args.variant, teacher_width=width, **args.student_kwargs)
-    if args.student_weights and not args.dry_run and not (args.resume and (Path(args.out) / "last.pt").exists()):
-        say(models.start_from(student, args.student, args.student_weights, args.img_size, args.variant))
+        args.student, num_classes=classes, img_size=args.img_size, variant=args.variant,
+        teacher_width=width, **args.student_kwargs)
+    if args.student_weights and not args.dry_run and not holds_run(args.out):
+        say(models.start_from(
+            student, args.student, args.student_weights, args.img_size, args.variant))
+
+    options = {name: getattr(args, name) for name in method.options()}
     layers_s, layers_t = [], []
-    if options.get("beta"):
+    if method.first or method.last:  # it compares feature maps
         layers_s, layers_t = models.pair_layers(student, teacher, args)
-    statistics = models.statistics(student)
-    hooked_s, hooked_t = models.HookedModel(student, layers_s), None
-    if method.needs_teacher:
-        twin = build_teacher(blank=True) if args.teacher_maps == "random" else None
-        hooked_t = models.HookedModel(teacher, layers_t, **statistics, twin=twin).eval().requires_grad_(False)
-        options["channels"] = list(zip(hooked_s.channels, hooked_t.channels))
-    return hooked_t, Distiller(hooked_s, method(**options)), statistics
+    hooked_s = models.HookedModel(student, layers_s)
+    models.check_maps(hooked_s, args.img_size)
+    if not method.needs_teacher:
+        return None, losses.Distiller(hooked_s, method(**options))
+
+    if args.teacher_maps == "random":
+        twin = models.build_teacher(args, classes, untrained=True)
+        hooked_t = models.UntrainedMaps(teacher, twin, layers_t, models.statistics(student))
+    else:
+        hooked_t = models.HookedModel(teacher, layers_t, **models.statistics(student))
+        models.check_maps(hooked_t, args.img_size)
+    hooked_t.eval().requires_grad_(False)
+    channels = list(zip(hooked_s.channels, hooked_t.channels))
+    return hooked_t, losses.Distiller(hooked_s, method(channels=channels, **options))
 
 
 class Run:
-    """What the loop works with, and how far it is: `step` updates, `log` of epochs, `sums` of the epoch's terms."""
+    """What the loop works with, and how far it is."""
 
-    def __init__(self, args, device, teacher, distiller, loaders):
-        self.args, self.out, self.device = args, Path(args.out), device
-        self.teacher, self.distiller, self.student = teacher, distiller, distiller.student
-        self.train_loader, self.val_loader = loaders
-        self.step, self.log, self.sums = 0, [], {}
-        self.steps = self.train_loader.size // args.batch_size  # updates in an epoch
+    def __init__(self, args, device, dataset, teacher, distiller):
+        self.args = args
+        self.out = Path(args.out)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
+        self.teacher = teacher and teacher.to(device)
+        self.distiller = distiller.to(device)
+        self.student = distiller.student
+        self.train_loader, self.val_loader = make_loaders(args, device, dataset, self.student)
+        self.steps = self.train_loader.size // args.batch_size  # updates of an epoch
+        self.step = 0  # updates so far
+        self.log = []  # of the epochs
+        self.sums = {}  # of the epoch's terms
+        self.signal = 0  # that was received
         self.optimizer = create_optimizer_v2(
-            distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+            distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay,
+            fused=device.type != "mps")
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs, step_on_epochs=False, updates_per_epoch=self.steps)
-        self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)  # or its start would dominate
-        for model in (teacher, self.student):
-            if args.compile and model:
-                model.compile(fullgraph=True, dynamic=False)  # in place, after the EMA's copy
-        self.ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True) if WORLD > 1 else distiller
+            self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr, warmup_epochs=min(args.warmup_epochs, args.epochs / 5),
+            step_on_epochs=False, updates_per_epoch=self.steps)
+        # Without its warm-up the random first weights would dominate the average.
+        self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)
+        if args.compile:  # in place, after the EMA's copy
+            for model in (self.student, teacher):
+                if model:
+                    model.compile(fullgraph=True, dynamic=False)
+        self.ddp = distiller
+        if WORLD > 1:
+            self.ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True)
 
-    def autocast(self, who):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp in (who, "both"))
+
+def make_loaders(args, device, dataset, student):
+    return data.build_loaders(
+        dataset.train, dataset.val, **models.statistics(student.model), device=device,
+        img_size=args.img_size, seed=args.seed, repeats=args.repeats, workers=args.workers,
+        crop_pct=args.crop_pct, auto_augment=args.auto_augment,
+        random_erasing=args.random_erasing, skip_bad_images=args.skip_bad_images)
 
 
 @torch.no_grad()
-def describe(args, teacher, distiller, dataset):
+def describe(args, dataset, teacher, distiller):
     """Try everything on random images -> what --dry-run prints and config.json keeps."""
-    hooked = {"student": distiller.student, "teacher": teacher} if teacher else {"student": distiller.student}
-    for model in hooked.values():
-        models.check_maps(model, args.img_size)
-    images = torch.randn(min(2, args.batch_size // WORLD // args.accum), 3, args.img_size, args.img_size)
-    try:
-        copy.deepcopy(distiller).train()(images, torch.zeros(len(images)).long(), teacher(images) if teacher else None)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{args.method} with {args.student}: {models.one_line(error)}") from error
-    status, commit = subprocess.getstatusoutput(f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
-    return {"settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
-            "parameters": {who: sum(p.numel() for p in part.parameters())
-                           for who, part in {"method": distiller.method, **hooked}.items()},
-            "commit": None if status else commit,
-            "layers": {"teacher": [], **{who: model.layers for who, model in hooked.items()}},
-            "images": dataset.counts(), "class_names": dataset.names,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__,
-                         "cpu": torch.backends.cpu.get_cpu_capability()},
-            "teacher_digest": models.digest(teacher) if teacher else "", "command": shlex.join(sys.argv)}
+    images = torch.randn(2, 3, args.img_size, args.img_size)
+    taught = teacher(images) if teacher else None
+    distiller(images, torch.tensor([0, 1]), taught)
+    status, commit = subprocess.getstatusoutput(
+        f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
+    return {
+        "settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
+        "parameters": {
+            "student": count_parameters(distiller.student),
+            "method": count_parameters(distiller.method),
+            "teacher": count_parameters(teacher) if teacher else 0},
+        "layers": {
+            "student": distiller.student.layers,
+            "teacher": teacher.layers if teacher else []},
+        "images": dataset.counts(),
+        "class_names": dataset.names,
+        "teacher_digest": models.digest(teacher) if teacher else "",
+        "commit": None if status else commit,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability()},
+        "command": shlex.join(sys.argv)}
+
+
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ---------- Files
 
 
-def write(path, save_to):
-    """Write beside and rename: a crash leaves the former file whole. Raises OSError."""
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def claimed(out):
+    """Keep a run's folder to this program until it ends, however it ends."""
+    if RANK > 0:
+        yield
+        return
+    Path(out).mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_to(part)
-        os.replace(part, path)
-    except Exception as error:  # a full disk has many names
-        if part.exists():
-            part.unlink()
-        raise OSError(f"cannot write {path} ({models.one_line(error)}): make room, end another run there, or choose "
-                      f"another --out") from error
+        with FileLock(Path(out) / "run.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another program trains in {out}: choose another --out") from None
 
 
-def save(run):
-    """The first process writes last.pt. All else follows from args."""
-    sums = mean_sums(run) if run.sums else {}
+def holds_run(out):
+    """Whether there is a run in a folder that has got as far as a checkpoint."""
+    return any((Path(out) / name).exists() for name in ("last.pt", "log.jsonl"))
+
+
+def write(path, content):
+    """Write bytes beside and rename: a crash leaves the former file whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def write_torch(path, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
+
+
+def write_weights(path, model):
+    weights = {}
+    for key, value in model.state_dict().items():
+        weights[key] = value.clone(memory_format=torch.contiguous_format)  # none may share memory
+    write(path, safetensors.torch.save(weights))
+
+
+def save(run, sums):
+    """The first process writes last.pt while the others wait. All else follows from the settings."""
     if RANK == 0:
-        state = {"distiller": run.distiller.state_dict(), "optimizer": run.optimizer.state_dict(),
-                 "ema": run.ema.module.state_dict(), "step": run.step, "log": run.log, "sums": sums}
-        write(run.out / "last.pt", partial(torch.save, state))
+        write_torch(run.out / "last.pt", {
+            "distiller": run.distiller.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "ema": run.ema.module.state_dict(),
+            "step": run.step,
+            "log": run.log,
+            "sums": sums})
+    if WORLD > 1:
+        dist.barrier()
 
 
 def load(run):
-    """Go on from last.pt, or from the start if the run ended before it had one."""
+    """Go on from last.pt."""
     path = run.out / "last.pt"
-    if not path.exists() and not path.with_name("log.jsonl").exists():
-        return
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=run.train_loader.device, weights_only=True)
         run.distiller.load_state_dict(state["distiller"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.ema.module.load_state_dict(state["ema"])
-        run.step, run.log = state["step"], state["log"]
-        run.sums = {name: torch.tensor(value, device=run.device) for name, value in state["sums"].items()}
     except Exception as error:  # cut short, foreign, or a pickle with code
-        raise ValueError(f"{path} is damaged or foreign ({models.one_line(error)}): --overwrite it") from error
-    refuse(run.step > run.args.epochs * run.steps, f"the run is beyond --epochs {run.args.epochs} already")
-
-
-def run_files(out):
-    """What a run has written in the folder `out`."""
-    names = "config.json log.jsonl last.pt best.pt epoch_[0-9]*.pt student.safetensors student_ema.safetensors"
-    return [path for name in names.split() for path in Path(out).glob(name)]
-
-
-def open_folder(args, config, record):
-    """Remove a run that --overwrite replaces, write config.json."""
-    for path in run_files(args.out) if args.overwrite else ():
-        path.unlink()
-    if config:  # the command that makes the run from nothing
-        record["command"] = config["command"]
-        if args.epochs != config["settings"]["epochs"]:
-            record["command"] += f" --epochs {args.epochs}"
-            say("warning: a new cosine: the learning rate jumps")
-    write(Path(args.out) / "config.json", lambda part: part.write_text(json.dumps(record, indent=1), "utf-8"))
+        reason = models.one_line(error)
+        raise UserError(f"{path} is damaged or foreign ({reason}): use another --out") from error
+    run.step = state["step"]
+    run.log = state["log"]
+    run.sums = state["sums"]
+    epochs = run.args.epochs
+    refuse(run.step > epochs * run.steps, f"the run is beyond --epochs {epochs} already")
 
 
 def write_epoch(run):
-    """log.jsonl, best.pt if the epoch beats all former ones, epoch_NNNN.pt every `snapshot_every` epochs."""
+    """The log; the weights alone, for others to use; the best epoch's, and those of every few."""
     *former, line = run.log
-    weights = {"model": run.student.model.state_dict(), "epoch": line["epoch"], "top1": line["top1"]}
+    state = run.student.model.state_dict()
     if all(line["top1"] > each["top1"] for each in former):
-        write(run.out / "best.pt", partial(torch.save, weights))
+        write_torch(run.out / "best.pt", state)
     if len(run.log) % run.args.snapshot_every == 0:
-        write(run.out / f"epoch_{len(run.log):04d}.pt", partial(torch.save, weights))
-    text = "".join(json.dumps(each) + "\n" for each in run.log)
-    write(run.out / "log.jsonl", lambda part: part.write_text(text, "utf-8"))
+        write_torch(run.out / f"epoch_{len(run.log):04d}.pt", state)
+    write_weights(run.out / "student.safetensors", run.student.model)
+    write_weights(run.out / "student_ema.safetensors", run.ema.module.model)
+    lines = [json.dumps(each) + "\n" for each in run.log]
+    write(run.out / "log.jsonl", "".join(lines).encode())
 
 
 def report(run):
-    line, done, epochs = run.log[-1], len(run.log), run.args.epochs
-    left = line["seconds"] * (epochs - done) / 60
+    line = run.log[-1]
+    done, epochs = len(run.log), run.args.epochs
     terms = " + ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
-    say(f"epoch {done:3d}/{epochs}  loss {line['loss']:.4f} = {terms}  top-1 {line['top1']:.2f} %  EMA "
-        f"{line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {left:.1f} min left")
+    minutes = line["seconds"] * (epochs - done) / 60
+    say(f"epoch {done:3d}/{epochs}  loss {line['loss']:.4f} = {terms}  top-1 {line['top1']:.2f} %  "
+        f"EMA {line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {minutes:.1f} min left")
 
 
-def finish(run):
-    for name, student in (("student", run.student), ("student_ema", run.ema.module)):
-        weights = {key: value.contiguous() for key, value in student.model.state_dict().items()}
-        write(run.out / f"{name}.safetensors", partial(save_file, weights))
-    say(f"done: {run.out}: top-1 {run.log[-1]['top1']:.2f} %, EMA {run.log[-1]['ema_top1']:.2f} %; curves and layers: "
-        f"python analyze.py --models {run.out}")
+# ---------- The command line
+
+OF_THIS_CALL = {"resume", "eval", "dry_run"}  # not kept in config.json
+FREE = {  # what may differ in a resumed run
+    *OF_THIS_CALL, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
+    "snapshot_every", "workers", "device", "amp", "compile"}
+OF_EVAL = {"--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp"}
+LAYERS = {"--first", "--last", "--student-layers", "--teacher-layers"}
+SHARES = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
+ABOVE_0 = {
+    "train_size", "img_size", "repeats", "crop_pct", "epochs", "batch_size", "accum", "lr",
+    "snapshot_every"}
 
 
-# ---------- Settings: OTHERS < recipe < method < saved run < what was typed
-
-OTHERS = dict(  # flags that no recipe decides
-    method="spectral",  # objective
-    variant="",  # of the student; by default the method's
-    student_weights="",  # its start: pretrained (timm's), a file, a run's folder
-    student_kwargs={},  # EM's UniformWide: embed_dim=219 num_heads=3
-    teacher_kwargs={},  # for timm
-    teacher_head="pretrained",  # random: it has none for this data (DD Table 2)
-    teacher_maps="trained",  # random: those of its untrained twin
-    first=0,  # align the first X layers; by default the method's
-    last=0,  # align the last Y; one alone makes the other 0
-    student_layers=[],  # explicit, ascending, timm's indices from 0
-    teacher_layers=[],  # the teacher's, as many
-    data="shapes",  # shapes, a folder with train/ and val/, torch/NAME, hfds/NAME
-    skip_bad_images=False,  # replace an unreadable image by the next
-    workers=-1,  # by default one per core
-    device="",  # by default cuda, else mps, else cpu
-    amp="",  # bfloat16; by default both from 64 px if the device has it
-    compile=False,  # torch.compile both models
-    out="",  # folder of the run; by default runs/METHOD
-    snapshot_every=0,  # epochs between epoch_NNNN.pt; by default a tenth
-    resume=False,  # the run in --out
-    overwrite=False,  # the run in --out
-    dry_run=False,  # build and print everything
-    eval=False)  # accuracy of the run in --out
-CHOICES = dict(
-    method=METHODS, variant=models.VARIANTS, teacher_head=("pretrained", "random"), teacher_maps=("trained", "random"),
-    device=("cpu", "cuda", "mps"), amp=("off", "teacher", "student", "both"))
-OF_THIS_CALL = {"resume", "overwrite", "dry_run", "eval"}
-FREE = {"data", "teacher_weights", "epochs", "out", "snapshot_every", "workers", "device", "amp", "compile"}  # --resume
-OF_EVAL = {"eval", "out", "method", "data", "crop_pct", "skip_bad_images", "workers", "device", "amp"}
-LARGE = {"auto_augment", "color_jitter", "random_erasing", "crop_pct", "workers"}  # from 64 px
-LAYERS = {"first", "last", "student_layers", "teacher_layers"}
-SHARES = {"ema_decay", "random_erasing", "crop_pct", "label_noise"}  # at most 1
-ABOVE_0 = {"img_size", "epochs", "batch_size", "accum", "lr", "repeats", "crop_pct", "train_size", "snapshot_every"}
-
-
-def make_parser():
+def parse(argv):
+    """-> the settings, the flags that were typed, and config.json of a run to go on with."""
+    typed = {word.partition("=")[0] for word in argv}
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)  # parsing yields what was typed
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, add_help=False)
     parser.error = fail
-    helps = dict(re.findall(r"^    (\w+)=.*# (.+)$", Path(__file__).read_text("utf-8"), re.M))  # the comments
-    kinds = {bool: dict(action="store_true"), list: dict(nargs="+", type=int),
-             dict: dict(nargs="+", type=models.key_value, action=ParseKwargs, metavar="KEY=VALUE")}
-    for name, value in {**IMAGENET, **OTHERS}.items():
-        kind = dict(choices=CHOICES[name]) if name in CHOICES else kinds.get(type(value), dict(type=type(value)))
-        if name == "amp":
-            kind.update(nargs="?", const="both")
-        values = ", ".join({str(recipe.get(name, "")): 0 for recipe in RECIPES.values()})
-        parser.add_argument(flags([name]), help=f"{helps[name]} ({values})".removesuffix(" ()"), **kind)
-    options = {name: (default, text, method) for method in METHODS.values()
-               for name, (default, text) in method.options().items()}
-    for name, (default, text, method) in sorted(options.items()):
-        if default is None or name in {**IMAGENET, **OTHERS}:
-            fail(f"losses.{method.__name__}: its argument {name!r} is a setting's name, or wants a default")
-        values = [f"{key} {each.options()[name][0]}" for key, each in METHODS.items() if name in each.options()]
-        kind = dict(action=argparse.BooleanOptionalAction) if type(default) is bool else dict(type=type(default))
-        parser.add_argument(flags([name]), help=f"{text} ({', '.join(values)})".replace("%", "%%"), **kind)
-    return parser
-
-
-def flags(names):
-    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-
-
-def resolve(typed, device):
-    """What was typed -> args, data.Images, config.json of a run to go on with. Raises ValueError."""
-    check_ranges(typed)
-    out = typed.get("out") or f"runs/{typed.get('method', OTHERS['method'])}"
-    config = models.read_config(out) if {"resume", "eval"} & typed.keys() else {}
+    for group in SETTINGS.values():
+        for row in group:
+            add_flag(parser, *row)
+    early, _ = parser.parse_known_args(argv)
+    out = early.out or f"runs/{early.method}"
+    config = {}
+    if early.eval or early.resume and models.is_run(out):
+        config = models.read_config(out)
     saved = {**config.get("settings", {}), "out": out}
-    given = {**saved, **typed}
-    known = {**OTHERS, **RECIPES["shapes"], **given}
-    refuse(known["method"] not in METHODS, f"losses.py has no method {known['method']}")
-    dataset = data.open_data(known["data"], known["train_size"], known["label_noise"], only_val=known["eval"])
-    of_models = models.settings_of(given.get("student"), given.get("teacher_weights"))
-    pixels = {**of_models, **given}.get("img_size") or min(dataset.train[0][0].size)
-    recipe, method = RECIPES["small" if pixels < 64 else "imagenet"], METHODS[known["method"]]
-    if known["data"] == "shapes":
-        recipe = RECIPES["shapes"]
-    options = {name: default for name, (default, _) in method.options().items()}
-    options.update(variant=method.variant, workers=data.default_workers())
-    args = argparse.Namespace(**{**OTHERS, **recipe, **of_models, **options, **saved, **typed})
-    args.amp = args.amp or models.default_amp(device, args.img_size)
-    args.snapshot_every = args.snapshot_every or max(1, args.epochs // 10)
-    if not LAYERS & given.keys():
-        args.first, args.last = method.first, method.last
-    fitting = 2 ** max(0, (len(dataset.train) // 20).bit_length() - 1)  # for 20 updates an epoch
-    if "batch_size" not in given:
-        unit = WORLD * args.accum
-        args.batch_size = max(unit, min(args.batch_size, fitting) // unit * unit)
-    if "lr" not in given and args.student_weights:
-        args.lr = 1e-4 * (args.batch_size / 64) ** 0.5  # fine-tuning
-    elif "lr" not in given:
-        args.lr *= (args.batch_size / recipe["batch_size"]) ** (1 if "batch_size" in given else 0.5)
-    for name in {"min_lr", "warmup_lr"} - given.keys():
-        setattr(args, name, min(recipe[name], args.lr / 10))
-    if "warmup_epochs" not in given and args.warmup_epochs >= args.epochs:
-        args.warmup_epochs *= args.epochs / recipe["epochs"]
-    if "repeats" not in given and (args.student_weights or fitting < recipe["batch_size"]):
-        args.repeats = 1
-    check(args, typed, config, dataset, device)
-    return args, dataset, config
+    method = METHODS[saved.get("method", early.method)]
+    for name, (default, text) in method.options().items():
+        add_flag(parser, name, default, text)
+    parser.add_argument("-h", "--help", action="help", help="show this")
+
+    recipe = early.recipe or ("toy" if early.data == "shapes" else "imagenet")
+    parser.set_defaults(**RECIPES[recipe], recipe=recipe)
+    if "--batch-size" in typed:
+        factor = early.batch_size / parser.get_default("batch_size")
+        power = 0.5 if recipe == "finetune" else 1
+        parser.set_defaults(lr=parser.get_default("lr") * factor**power)
+    parser.set_defaults(variant=method.variant)
+    if not typed & LAYERS:
+        parser.set_defaults(first=method.first, last=method.last)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    followed = models.settings_of(args.student, args.teacher_weights)
+    parser.set_defaults(**{**followed, **saved})
+    return parser.parse_args(argv), typed, config
+
+
+def add_flag(parser, name, default, text, choices=None):
+    """A flag whose kind follows from the type of its default."""
+    kind = dict(type=type(default), choices=choices)
+    if isinstance(default, bool):
+        kind = dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(default, list):
+        kind = dict(nargs="+", type=int)
+    elif isinstance(default, dict):
+        kind = dict(nargs="+", type=models.key_value, action=ParseKwargs)
+    parser.add_argument(flag(name), default=default, help=f"{text} (%(default)s)", **kind)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def refuse(condition, message):
     if condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
-def check_ranges(typed):
-    """Every number is finite and at least 0, in ABOVE_0 more, in SHARES at most 1."""
-    for name, value in typed.items():
+def check(args, typed, config, dataset):
+    """Refuse what has no effect, is out of range, or does not fit the data, a run, or other settings."""
+    method = METHODS[args.method]
+    from_run = models.is_run(args.teacher_weights)
+    has_effect = {
+        "everywhere": True,
+        "shapes": args.data == "shapes",
+        "from 64 px": args.img_size >= 64,
+        "teacher": method.needs_teacher,
+        "teacher model": (method.needs_teacher or args.variant != "plain") and not from_run,
+        "layers": method.first or method.last}
+    for group, effect in has_effect.items():
+        idle = typed & {flag(name) for name, *_ in SETTINGS[group]}
+        refuse(idle and not effect, f"no effect here has {', '.join(idle)}: leave it out")
+    refuse(args.eval and typed - OF_EVAL, f"no effect on --eval has {', '.join(typed - OF_EVAL)}")
+    refuse(args.student_layers and typed & {"--first", "--last"}, "give --first, --last or layers")
+    for name, value in vars(args).items():
         if type(value) in (int, float):
-            within = 0 <= value <= (1 if name in SHARES else 2 ** 31)
-            refuse(not within or value == 0 and name in ABOVE_0, f"{flags([name])} {value} is out of range")
-
-
-def check(args, typed, config, dataset, device):
-    """Refuse flags without an effect, or that contradict the data, the run or each other."""
-    method, saved, source = METHODS[args.method], config.get("settings", {}), args.teacher_weights
-    untaught, from_run = not method.needs_teacher, models.is_run(source)
-    idle = {name for each in METHODS.values() for name in each.options()} - method.options().keys()
-    for useless, names in (
-            (untaught, ("teacher_weights", "teacher_head")), (from_run, ("teacher", "teacher_kwargs", "teacher_head")),
-            (untaught and args.variant == "plain", ("teacher", "teacher_kwargs")),
-            ("beta" not in method.options(), (*LAYERS, "teacher_maps")), (args.student_layers, ("first", "last")),
-            (args.data != "shapes", ("train_size", "label_noise")), (args.img_size < 64, LARGE),
-            (args.eval, typed.keys() - OF_EVAL)):
-        idle.update(names if useless else ())
-    idle &= typed.keys()
-    refuse(idle, f"{flags(idle)} would have no effect ({method.name}, {args.variant}, {args.data}, {args.img_size} px)")
-    refuse(args.amp != "off" and device.type == "mps", "mps has no bfloat16: --amp off")
-    for who in [args.out] * bool(config) + [source] * from_run:
-        count, names = (models.read_config(who)[key] for key in ("images", "class_names"))
-        refuse(count["classes"] != dataset.classes or names and dataset.names not in (None, names),
-               f"{who} knows {count['classes']} classes, {args.data} {dataset.classes}, or their names differ")
+            most = 1 if name in SHARES else 2**31
+            within = 0 <= value <= most and (value or name not in ABOVE_0)
+            refuse(not within, f"{flag(name)} {value} is out of range")
+    classes = [dataset.classes, dataset.names]
+    for folder in (args.out if config else "", args.teacher_weights):
+        if models.is_run(folder) and dataset.classes:
+            known = models.read_config(folder)
+            refuse([known["images"]["classes"], known["class_names"]] != classes,
+                   f"{folder} and {args.data} differ in their classes or the order of them")
     if args.eval:
         return
-    refuse(len(OF_THIS_CALL & typed.keys()) > 1, f"{flags(OF_THIS_CALL & typed.keys())}: give one of them")
-    refuse("warmup_epochs" in typed and args.warmup_epochs >= args.epochs or args.lr < max(args.min_lr, args.warmup_lr),
-           "--warmup-epochs must be below --epochs, --min-lr and --warmup-lr below --lr")
-    sources = [Path(each).resolve() for each in (source, args.student_weights) if each]
-    refuse(args.overwrite and any(Path(args.out).resolve() in (path, path.parent) for path in sources),
-           f"the run learns from {args.out}: choose another --out")
-    changed = sorted(name for name in saved.keys() & typed.keys() - FREE if saved[name] != typed[name])
-    refuse(changed, "the run has " + ", ".join(f"{flags([name])} {saved[name]}" for name in changed) + ": keep that")
-    counts, former = dataset.counts(), config.get("images")
-    refuse(args.resume and former != counts, f"the run had {former}, {args.data} has {counts}")
-    refuse(len(dataset.train) < args.batch_size and not args.dry_run,
-           f"{len(dataset.train)} images do not fill a batch of {args.batch_size}: lower --batch-size")
+    images = len(dataset.train)
+    if config:
+        for name, value in config["settings"].items():
+            changed = name not in FREE and getattr(args, name, value) != value
+            refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
+                            f"(with --student-weights {args.out}, if you like)")
+        former = config["images"]["train"]
+        refuse(former != images, f"the run had {former} training images, {args.data} has {images}")
+    else:
+        refuse(holds_run(args.out) and not args.dry_run,
+               f"{args.out} holds a run: remove it, --resume it, or give another --out")
+    refuse(max(args.min_lr, args.warmup_lr) > args.lr,
+           f"--min-lr and --warmup-lr must not be above --lr {args.lr:.3g}")
+    refuse(args.batch_size > images and not args.dry_run,
+           f"{images} images do not fill a batch of {args.batch_size}: take --recipe finetune, "
+           f"or lower --batch-size")
     refuse(args.batch_size % (WORLD * args.accum),
-           f"--batch-size {args.batch_size} does not divide by {WORLD} processes x --accum {args.accum}")
-    refuse(run_files(args.out) and not (args.dry_run or args.resume or args.overwrite),
-           f"{args.out} holds a run: --resume, --overwrite, or choose another --out")
+           f"--batch-size {args.batch_size} does not divide by {WORLD} processes x --accum")
 
 
 def fail(message):
     """One line on stderr and exit status 2."""
-    if RANK > 0:  # the first process speaks, and torchrun then stops all
-        time.sleep(10)
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if RANK > 0:
+        time.sleep(10)  # the first process speaks, and torchrun then stops all
+    *_, line = str(message).strip().splitlines()  # the last one of an error in a data worker
+    print(f"error: {line.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def say(text):
     if RANK == 0:
-        code = sys.stdout.encoding or "utf-8"
-        print(text.encode(code, "replace").decode(code), flush=True)
+        print(text, flush=True)
 
 
 # ---------- The program
 
 
-def main(argv=None):
-    typed = vars(make_parser().parse_args(argv))
-    try:
-        device = models.choose_device(typed.get("device"))
-        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-            nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-        args, dataset, config = resolve(typed, device)
-        if args.eval:
-            return show_accuracy(args, dataset, device)
-        torch.manual_seed(args.seed)
-        teacher, distiller, statistics = build(args, dataset.classes)
-        record = describe(args, teacher, distiller, dataset)
-        if args.dry_run:
-            return say(json.dumps(record, indent=1))
-        refuse(config and config["teacher_digest"] != record["teacher_digest"],
+def run_program(argv):
+    args, typed, config = parse(argv)
+    device = models.choose_device(args.device)
+    if args.amp == "auto":
+        args.amp = "on" if models.has_bfloat16(device) else "off"
+    refuse(args.amp == "on" and device.type == "mps", "mps has no bfloat16: --amp off")
+    if "RANK" in os.environ and not dist.is_initialized():
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    dataset = data.open_data(args.data, args.train_size, args.label_noise, only_val=args.eval)
+    check(args, typed, config, dataset)
+    if args.eval:
+        show_accuracy(args, device, dataset)
+    elif args.dry_run:
+        models_built = build(args, dataset.classes)
+        say(json.dumps(describe(args, dataset, *models_built), indent=1))
+    else:
+        with claimed(args.out):
+            run = prepare(args, device, dataset, config)
+            with signals_remembered(run):
+                if run.teacher:
+                    show_teacher(run, dataset.classes)
+                train(run)
+            run.train_loader = run.val_loader = None  # ends the workers, which would take 5 s each
+            line = run.log[-1]
+            say(f"done: {run.out}: top-1 {line['top1']:.2f} %, EMA {line['ema_top1']:.2f} %; "
+                f"curves and layers: python analyze.py --models {run.out}")
+
+
+def prepare(args, device, dataset, config):
+    """-> the Run, ready to train."""
+    teacher, distiller = build(args, dataset.classes)
+    record = describe(args, dataset, teacher, distiller)
+    run = Run(args, device, dataset, teacher, distiller)
+    if config:
+        refuse(config["teacher_digest"] != record["teacher_digest"],
                f"{args.teacher_weights} is not the teacher of the run")
-        say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, {dataset.counts()}: epochs of "
-            f"{len(dataset.train) // args.repeats} images, batches of {args.batch_size}, learning rate {args.lr:.3g}")
-        # DDP waits for all: none still checks the folder when the first one writes there.
-        run = Run(args, device, teacher and teacher.to(device), distiller.to(device),
-                  make_loaders(args, dataset, statistics, device))
-        if args.resume:
-            load(run)
-        if RANK == 0:
-            open_folder(args, config, record)
-        with Stop() as run.stop:
-            if teacher:
-                show_teacher(run, 100 / dataset.classes)
-            train(run)
-        run.train_loader = run.val_loader = None  # ends the workers, which at exit would take 5 s each
-        if RANK == 0:
-            finish(run)
-    except data.BadImage as error:  # from a data worker with its traceback in front
-        fail(str(error).splitlines()[-1].removeprefix("data.BadImage: "))
-    except (ValueError, OSError, AssertionError, dist.DistError) as error:
-        fail(error)
+        record["command"] = config["command"]
+        if args.epochs != config["settings"]["epochs"]:
+            record["command"] += f" --epochs {args.epochs}"
+            say("warning: a new cosine: the learning rate jumps")
+    if holds_run(args.out):
+        load(run)
+    if RANK == 0:
+        write(run.out / "config.json", json.dumps(record, indent=1).encode())
+    say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
+        f"{record['images']}: {args.epochs} epochs of {run.steps} updates, batches of "
+        f"{args.batch_size}, learning rate {args.lr:.3g}, bfloat16 {args.amp}")
+    return run
 
 
-def make_loaders(args, dataset, statistics, device):
-    chosen = {name: getattr(args, name) for name in (*LARGE, "img_size", "seed", "repeats", "skip_bad_images")}
-    return data.build_loaders(dataset.train, dataset.val, device=device, **statistics, **chosen)
-
-
-def show_teacher(run, chance):
-    """The teacher's accuracy, and a warning if it is near chance (a tenth of the way to 100 %) by mistake."""
-    top1, top5, *_ = evaluate([run.teacher], run.val_loader, run.autocast("teacher"))[0]
+def show_teacher(run, classes):
+    """The teacher's accuracy. Warns if the student learns logits that are near chance."""
+    top1, top5, _ = evaluate([run.teacher], run.val_loader, run.autocast)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-    if top1 < chance + (100 - chance) / 10 and "random" not in (run.args.teacher_head, run.args.teacher_weights):
-        say(f"warning: the teacher is near chance ({chance:.2f} %): train it longer or from pretrained weights")
+    chance = 100 / classes
+    learns_logits = getattr(run.args, "alpha", 1) > 0
+    if learns_logits and top1 < chance + (100 - chance) / 10:
+        say(f"warning: the teacher is near chance ({chance:.2f} %) and the student learns its "
+            f"logits: is it untrained, or are its classes in another order?")
 
 
-def show_accuracy(args, dataset, device):
-    """--eval: top-1, top-5 and loss of a run's student and its EMA."""
-    files = {"student": "student.safetensors", "its EMA": "student_ema.safetensors"}
-    students = [models.HookedModel(models.load_student(args.out, file)).to(device) for file in files.values()]
-    _, loader = make_loaders(args, dataset, models.statistics(students[0].model), device)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp in ("student", "both"))
-    for name, (top1, top5, loss, *by_class) in zip(files, evaluate(students, loader, amp)):
-        lowest = sorted(zip(by_class, dataset.names or range(dataset.classes)))[:3]
-        say(f"{name}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, {loader.size} images; lowest: "
-            + ", ".join(f"{who} {accuracy:.0f} %" for accuracy, who in lowest))
+def show_accuracy(args, device, dataset):
+    """--eval: the accuracy of all that a run has saved."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
+    for file in ("student.safetensors", "student_ema.safetensors", "best.pt"):
+        student = models.HookedModel(models.load_student(args.out, file)).to(device)
+        _, loader = make_loaders(args, device, dataset, student)
+        top1, top5, loss = evaluate([student], loader, autocast)[0]
+        say(f"{file}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, "
+            f"{loader.size} images, bfloat16 {args.amp}")
+
+
+def main(argv=None):
+    try:
+        run_program(sys.argv[1:] if argv is None else argv)
+    except (data.DataError, models.ModelError, losses.LossError, UserError, OSError) as error:
+        fail(error)
+    except dist.DistError as error:
+        fail(f"another process is gone: {models.one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -223,14 +223,16 @@ def check_classes(train, val):
         raise DataError(f"{train.root} and {val.root} differ: only one has {unshared[:5]}")
     if len(names) < 2:
         raise DataError(f"{train.root} has not two classes to tell apart. {KINDS_OF_DATA}")
-    for label in set(range(len(names))) - {label for _, label in train.samples}:
-        folder = train.root / names[label]
+    filled = {label for _, label in train.samples}
+    empty = [name for label, name in enumerate(names) if label not in filled]
+    if empty:
+        folder = train.root / empty[0]
         files = os.listdir(folder)[:3]
         raise DataError(f"{folder} has no .jpg, .png, ... but {files}: convert these, or remove it")
 
 
 def is_visible(name):
-    return not name.startswith((".", "__MACOSX", "@eaDir"))  # the latter two: of macOS and of a NAS
+    return not name.startswith((".", "__MACOSX", "@eaDir"))  # leftovers of macOS and of a NAS
 
 
 def find_images(folder):
@@ -350,15 +352,17 @@ class Samples(Dataset):
         image, label = self.read(index)
         return self.transform(image), label, seed
 
-    def read(self, index):
-        try:
-            image, label = self.dataset[index]
-            return to_rgb(image), label
-        except UNREADABLE as error:
-            if not self.skip_bad:
-                raise BadImage(f"image {index}: {error}: mend it, or --skip-bad-images") from None
-            print(f"warning: skipped: {error}", flush=True)
-            return self.read((index + 1) % len(self.dataset))
+    def read(self, first):
+        for index in range(first, first + len(self.dataset)):
+            try:
+                image, label = self.dataset[index % len(self.dataset)]
+                return to_rgb(image), label
+            except UNREADABLE as error:
+                message = f"image {index}: {error}"
+                if not self.skip_bad:
+                    raise BadImage(f"{message}: mend it, or --skip-bad-images") from None
+                print(f"warning: skipped: {message}", flush=True)
+        raise BadImage("none of the images can be read")
 
 
 class Loader:

@@ -46,21 +46,11 @@ class HookedModel(nn.Module):
     def __init__(self, model, layers=(), mean=None, std=None):
         super().__init__()
         self.model = model
-        self.layers = list(layers)
+        self.layers = []
         self.channels = []
         self._maps = {}
-        modules = dict(model.named_modules())
-        kind = type(model).__name__
-        for layer in self.layers:
-            if not 0 <= layer < len(model.feature_info):
-                last = len(model.feature_info) - 1
-                raise ModelError(f"layer {layer} is out of range: {kind} has layers 0 to {last}")
-            info = model.feature_info[layer]
-            if info["module"] not in modules:
-                raise ModelError(f"timm does not tell where {kind} has its layers")
-            # A bound method, not a closure: a deep copy (the EMA) then hooks itself.
-            modules[info["module"]].register_forward_hook(partial(self._keep, layer))
-            self.channels.append(info["num_chs"])
+        for layer in layers:
+            self.hook(layer)
 
         if mean is None:
             self.scale = None
@@ -71,6 +61,21 @@ class HookedModel(nn.Module):
             shift = (torch.tensor(mean) - own_mean) / own_std
             self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
             self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+
+    def hook(self, layer):
+        """Keep the map of one layer more."""
+        kind = type(self.model).__name__
+        count = len(self.model.feature_info)
+        if not 0 <= layer < count:
+            raise ModelError(f"layer {layer} is out of range: {kind} has layers 0 to {count - 1}")
+        info = self.model.feature_info[layer]
+        module = dict(self.model.named_modules()).get(info["module"])
+        if module is None:
+            raise ModelError(f"timm does not tell where {kind} has its layers")
+        # A bound method, not a closure: a deep copy (the EMA) then hooks itself.
+        module.register_forward_hook(partial(self._keep, layer))
+        self.layers.append(layer)
+        self.channels.append(info["num_chs"])
 
     def _keep(self, layer, module, args, output):
         self._maps[layer] = output
@@ -128,7 +133,7 @@ def stages(model):
 
 @torch.no_grad()
 def check_maps(hooked, img_size):
-    """Try a HookedModel on two random images. Raises ModelError if it cannot be used.
+    """Try a HookedModel on two random images -> its maps. Raises ModelError if it cannot be used.
 
     Its maps must be those of timm's own forward_intermediates: hooks cannot know how every family of
     models lays out its tokens.
@@ -143,13 +148,12 @@ def check_maps(hooked, img_size):
         raise ModelError(f"{name} fails on images of {img_size} px: {one_line(error)}") from error
     if not logits.isfinite().all():
         raise ModelError(f"{name} computes NaN or infinity: give other weights")
-    if not hooked.layers:
-        return
     try:
         _, maps = hooked(images)
         expected = hooked.model.forward_intermediates(
             hooked.renormalise(images), indices=hooked.layers, norm=False, intermediates_only=True)
-        torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(maps, expected if maps else [], rtol=1e-5, atol=1e-6)
+        return maps
     except Exception as error:
         message = f"the feature maps of {name} cannot be read by hooks on its layers {hooked.layers}"
         raise ModelError(message) from error
@@ -210,7 +214,7 @@ def lifted(name, teacher_width, **kwargs):
     The lifted map is the last layer's feature map. It stays at inference: the classifier reads the
     mean over its patch tokens.
     """
-    with torch.random.fork_rng(devices=[]):  # a trial: the weights are drawn after it
+    with torch.random.fork_rng(devices=[]):  # a trial model, only to be looked at
         _check_vit(plain(name, **kwargs))
     model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     lift = _lift(model.embed_dim, teacher_width)
@@ -235,7 +239,7 @@ def widened(name, teacher_width, **kwargs):
     wide = plain(name, **{**kwargs, "embed_dim": teacher_width, "num_heads": heads, "depth": 1})
     block = wide.blocks[0]
     for child, module in model.blocks[-1].named_children():
-        if child.startswith("drop_path"):  # alone, the block would have the first one's rate
+        if child.startswith("drop_path"):  # its rate grows with depth: keep the last block's
             setattr(block, child, module)
     lift = _lift(model.embed_dim, teacher_width)
     model.blocks[-1] = nn.Sequential(*lift, block)
@@ -274,7 +278,7 @@ def build_model(
     overlay = {}
     if img_size:
         overlay["input_size"] = (3, img_size, img_size)  # for timm's transforms
-        if config.fixed_input_size:  # CNNs take any size and have no such argument
+        if config.fixed_input_size:  # as ViTs have; CNNs have no such argument
             timm_kwargs["img_size"] = img_size
     build = VARIANTS[variant]
     kwargs = dict(teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
@@ -282,7 +286,7 @@ def build_model(
         return _from_file(build, name, weights, random_head, overlay, kwargs)
     if pretrained:
         if random_head:
-            overlay["num_classes"] = 0  # timm leaves out a classifier of another size
+            overlay["num_classes"] = 0  # so timm takes the weights for those without a classifier
         elif config.num_classes != num_classes:
             raise ModelError(fine_tune_first(name, "pretrained", config.num_classes, num_classes))
         return _from_hub(build, name, overlay, kwargs)
@@ -355,7 +359,7 @@ def _count_classes(name, state):
             return len(state[f"{classifier}weight"])
 
 
-@torch.random.fork_rng(devices=[])  # a resumed run, which skips it, draws the same afterwards
+@torch.random.fork_rng(devices=[])  # leaves the random state alone: a resumed run skips all this
 def start_from(model, name, source, img_size, variant="plain"):
     """Copy what fits of some weights, by name and shape, into a student -> one line on the result.
 
@@ -372,9 +376,8 @@ def start_from(model, name, source, img_size, variant="plain"):
         found = state.get(origin)
         if found is not None and found.shape == value.shape and found.isfinite().all():
             fitting[key] = found
-    copied, total, offered = (_count_values(each) for each in (fitting, own, state))
-    counts = f"{copied:,} of {total:,} values"
-    if copied < min(total, offered) / 2:
+    counts = f"{len(fitting)} of {len(own)} tensors"
+    if len(fitting) < min(len(own), len(state)) / 2:
         raise ModelError(f"{source} does not hold weights of {name} ({variant}): {counts} fit")
     model.load_state_dict(fitting, strict=False)
     new = [key for key in own if key not in fitting]
@@ -393,17 +396,12 @@ def _starting_weights(name, source, img_size, own):
         classes = _count_classes(name, state) or 0
         return build_model(name, num_classes=classes, img_size=img_size, weights=path).state_dict()
     except ModelError:  # a student that was cut, grown, lifted or widened: as it is
-        positions = state.get("pos_embed")
-        if positions is not None:
+        if "pos_embed" in state and "pos_embed" in own:
             count = own["pos_embed"].shape[1]
             grid = math.isqrt(count)  # rounded down: without the class token, if there is one
             state["pos_embed"] = resample_abs_pos_embed(
-                positions, [grid, grid], num_prefix_tokens=count - grid**2)
+                state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
         return state
-
-
-def _count_values(state):
-    return sum(value.numel() for value in state.values())
 
 
 def build_teacher(args, classes, untrained=False):
@@ -438,7 +436,7 @@ def load_student(run, file="student.safetensors", trained=True):
     model = build_model(
         settings["student"], num_classes=config["images"]["classes"], img_size=settings["img_size"],
         variant=settings["variant"], teacher_width=width, weights=path if trained else None,
-        **(settings["student_kwargs"] or {}))
+        **settings["student_kwargs"])
     small = settings["img_size"] < 64
     model.pretrained_cfg["crop_pct"] = 1.0 if small else settings["crop_pct"]  # as in validation
     return model
@@ -453,7 +451,7 @@ def read_config(run):
     """config.json of a run's folder. Raises ModelError if there is none."""
     try:
         text = (Path(run) / "config.json").read_text(encoding="utf-8")
-        config = {"class_names": None, **json.loads(text)}
+        config = json.loads(text)
         if "settings" not in config:
             raise ValueError("config.json is another program's")
         return config
@@ -467,7 +465,7 @@ def settings_of(student, teacher_weights):
         of_run = read_config(teacher_weights)["settings"]
         return {
             "teacher": of_run["student"],
-            "teacher_kwargs": of_run["student_kwargs"] or {},
+            "teacher_kwargs": of_run["student_kwargs"],
             "img_size": of_run["img_size"]}
     return {"img_size": pretrained_config(student).input_size[-1]}
 
@@ -562,7 +560,7 @@ def cpu_info(key):
     return ""
 
 
-# ---------- The toy pair: 12 layers each, 32 x 32 px in 4 x 4 patches; the teacher is twice as wide
+# ---------- The toy pair: 12 layers each, 4 x 4 patches of 8 px; the teacher is twice as wide
 
 _toy_config = dict(
     num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0,

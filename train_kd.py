@@ -7,7 +7,7 @@
     python train_kd.py --recipe finetune --data DIR --teacher-weights runs/teacher
     python train_kd.py --eval --out runs/spectral       # accuracy of a run's student
 
---help shows the flags and the defaults of the recipe and the method that stand beside it.
+Add --help to a command: it shows the flags of its --method and the defaults of its --recipe.
 """
 import os
 
@@ -49,7 +49,7 @@ class UserError(ValueError):
     """What a user can mend: main prints it as one line."""
 
 
-# ---------- Settings. Each is a flag. Weakest first: row, recipe, method, resumed run, command line
+# ---------- Settings, each a flag. Later wins: row, recipe, method, resumed run, command line
 
 RECIPES = {
     "imagenet": {},  # DD C.3: DeiT's recipe without mixup and cutmix, the defaults of the rows below
@@ -75,9 +75,9 @@ RECIPES = {
         snapshot_every=3),
 }
 
-# Where a flag has an effect: rows of name, default, help, choices. A method's own stand in losses.py.
+# Where they have an effect (`check` decides): name, default, help, choices. Losses.py has a method's.
 SETTINGS = {"everywhere": [
-    ("recipe", "", "defaults: toy for shapes, else imagenet; finetune for photos", RECIPES),
+    ("recipe", "", "of defaults: toy for shapes, else imagenet; finetune for photos", RECIPES),
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
     ("skip_bad_images", False, "replace an image that cannot be read by the next"),
@@ -118,13 +118,13 @@ SETTINGS = {"everywhere": [
     ("workers", data.default_workers(), "processes that read images"),
 ], "teacher": [
     ("teacher_weights", "", "a file, a run's folder or random; else timm's pretrained"),
-    ("teacher_head", "pretrained", "random: it has none for this data", ("pretrained", "random")),
-    ("teacher_maps", "trained", "random: those of an untrained twin", ("trained", "random")),
+    ("teacher_head", "pretrained", "random: a new classifier, for other classes", ("pretrained", "random")),
+    ("teacher_maps", "trained", "random: of a teacher that was never trained", ("trained", "random")),
 ], "teacher model": [
     ("teacher", "cait_s24_224", "timm model"),
     ("teacher_kwargs", {}, "for timm"),
 ], "layers": [
-    ("first", 0, "align the first X layers; without any, as the method wants"),
+    ("first", 0, "align the first X layers; by default as the method wants"),
     ("last", 0, "align the last Y layers"),
     ("student_layers", [], "explicit, ascending, timm's indices from 0"),
     ("teacher_layers", [], "the teacher's, as many"),
@@ -144,12 +144,12 @@ def train(run):
             repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
         stream = run.train_loader.load(batches, epoch)
         run.distiller.train()
-        quiet = RANK > 0 or None  # None: where there is no terminal
+        quiet = RANK > 0 or None  # None: silent where there is no terminal
         for i in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
             update(run, stream)
-            stop_after_signal(run)
+            stop_after_signal([run])
             if i % 50 == 49:
-                mean_sums(run)  # stops the run at a NaN loss
+                mean_sums(run)  # for its check: a NaN loss stops the run
         end_epoch(run, steps - start, time.perf_counter() - began)
 
 
@@ -186,9 +186,9 @@ def learn(run, part, images, labels, taught):
 
 
 def end_epoch(run, updates, seconds):
-    """Evaluate and record an epoch, of which this call made some `updates` in `seconds`."""
+    """Evaluate and record an epoch. `updates` and `seconds`: since its start, or since --resume."""
     sums = mean_sums(run)
-    save(run, sums)  # evaluation may be killed
+    save(run, sums)  # if evaluation is killed, --resume repeats only that
     began = time.perf_counter()
     judged = [run.student, run.ema.module]
     student, ema = evaluate(judged, run.val_loader, run.autocast)
@@ -266,15 +266,15 @@ def signals_remembered(run):
             signal.signal(number, handler)
 
 
-def stop_after_signal(run):
+def stop_after_signal(runs):
     """Save and exit if any process has received a signal: all stop after the same update."""
-    received = torch.tensor(run.signal)
+    received = torch.tensor(runs[0].signal)
     if WORLD > 1:
         dist.all_reduce(received, dist.ReduceOp.MAX)
     if received:
-        save(run, mean_sums(run))
-        name = signal.Signals(received.item()).name
-        say(f"stopped by {name} after step {run.step}: go on with --resume --out {run.out}")
+        for run in runs:
+            save(run, mean_sums(run))
+            say(f"stopped after step {run.step}: go on with --resume --out {run.out}")
         sys.exit(128 + received.item())
 
 
@@ -415,7 +415,7 @@ def holds_run(out):
 
 
 def write(path, content):
-    """Write bytes beside and rename: a crash leaves the former file whole."""
+    """Write NAME.part, then rename it: a crash leaves the former file whole."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
@@ -435,7 +435,7 @@ def write_weights(path, model):
 
 
 def save(run, sums):
-    """The first process writes last.pt while the others wait. All else follows from the settings."""
+    """The first process writes last.pt, the others wait. No random state: updates seed themselves."""
     if RANK == 0:
         write_torch(run.out / "last.pt", {
             "distiller": run.distiller.state_dict(),
@@ -467,7 +467,7 @@ def load(run):
 
 
 def write_epoch(run):
-    """The log; the weights alone, for others to use; the best epoch's, and those of every few."""
+    """The log, and the student's weights: the last, the best, every `snapshot_every`-th epoch's."""
     *former, line = run.log
     state = run.student.model.state_dict()
     if all(line["top1"] > each["top1"] for each in former):
@@ -505,7 +505,7 @@ ABOVE_0 = {
 
 def parse(argv):
     """-> the settings, the flags that were typed, and config.json of a run to go on with."""
-    typed = {word.partition("=")[0] for word in argv}
+    typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False)
@@ -614,8 +614,8 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    *_, line = str(message).strip().splitlines()  # the last one of an error in a data worker
-    print(f"error: {line.removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
+    lines = str(message).splitlines()  # a data worker's traceback ends with its message
+    print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -627,7 +627,8 @@ def say(text):
 # ---------- The program
 
 
-def run_program(argv):
+def settle(argv):
+    """-> the settings, the device, the data set and the config of a run to go on with, all checked."""
     args, typed, config = parse(argv)
     device = models.choose_device(args.device)
     if args.amp == "auto":
@@ -638,11 +639,16 @@ def run_program(argv):
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     dataset = data.open_data(args.data, args.train_size, args.label_noise, only_val=args.eval)
     check(args, typed, config, dataset)
+    return args, device, dataset, config
+
+
+def run_program(argv):
+    args, device, dataset, config = settle(argv)
     if args.eval:
         show_accuracy(args, device, dataset)
     elif args.dry_run:
-        models_built = build(args, dataset.classes)
-        say(json.dumps(describe(args, dataset, *models_built), indent=1))
+        teacher, distiller = build(args, dataset.classes)
+        say(json.dumps(describe(args, dataset, teacher, distiller), indent=1))
     else:
         with claimed(args.out):
             run = prepare(args, device, dataset, config)
@@ -691,11 +697,15 @@ def show_teacher(run, classes):
 
 def show_accuracy(args, device, dataset):
     """--eval: the accuracy of all that a run has saved."""
+    refuse(not dataset.classes, f"{args.data} has no folders of classes to judge by")
+    files = ["student.safetensors", "student_ema.safetensors", "best.pt"]
+    students = []
+    for file in files:
+        student = models.load_student(args.out, file)
+        students.append(models.HookedModel(student).to(device))
+    _, loader = make_loaders(args, device, dataset, students[0])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
-    for file in ("student.safetensors", "student_ema.safetensors", "best.pt"):
-        student = models.HookedModel(models.load_student(args.out, file)).to(device)
-        _, loader = make_loaders(args, device, dataset, student)
-        top1, top5, loss = evaluate([student], loader, autocast)[0]
+    for file, (top1, top5, loss) in zip(files, evaluate(students, loader, autocast)):
         say(f"{file}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, "
             f"{loader.size} images, bfloat16 {args.amp}")
 
@@ -712,5 +722,5 @@ def main(argv=None):
 if __name__ == "__main__":
     main()
     if dist.is_initialized():
-        dist.barrier()  # gloo may hang if the other end is gone
+        dist.barrier()  # wait for all: gloo may hang if another process has left
         dist.destroy_process_group()

@@ -1,133 +1,145 @@
 """Train several students on one forward of the teacher: the same bytes as each alone.
 
-    python results/side_by_side.py --seed 0 -- --method soft --out runs/soft-0 -- --method lift --beta 5 --out runs/lift-0
+    python results/side_by_side.py --seed 0 -- --method soft --out runs/soft-0 \\
+                                            -- --method lift --beta 5 --out runs/lift-0
+    torchrun --nproc_per_node=4 results/side_by_side.py --data /data/imagenet -- --first 1 -- --last 1
 
-Flags before the first -- are common, each part after it names a student; --dry-run, --eval, --overwrite: not here.
+The flags are those of train_kd.py. Those before the first -- are common, each part behind a --
+names a student, with a folder of its own. Students, methods, layers, variants and learning rates
+may differ. --resume goes on with all of them: one that is behind catches up first.
 """
-import os
+import contextlib
 import sys
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import signal
-import time
-
-import train_kd
-from train_kd import RANK
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import models
+import train_kd
+from train_kd import RANK, WORLD, UserError
 
-COMMON = ("data", "train_size", "label_noise", "seed", "batch_size", "accum", "repeats", "epochs", "img_size", "amp",
-          "teacher", "teacher_weights", "teacher_head", "teacher_maps", "auto_augment", "random_erasing", "crop_pct")
-
-
-def open_runs(parts, common):
-    """-> the runs, and a teacher that keeps all layers that any of them wants."""
-    runs, teacher, loaders, first, keep = [], None, None, None, set()
-    for part in parts:
-        typed = vars(train_kd.make_parser().parse_args([*common, *part]))
-        device = models.choose_device(typed.get("device"))
-        args, dataset, config = train_kd.resolve(typed, device)
-        first = first or args
-        for name in COMMON:
-            if getattr(args, name) != getattr(first, name):
-                raise ValueError(f"{train_kd.flags([name])} must be common: {args.out} differs from {first.out}")
-        torch.manual_seed(args.seed)
-        own, distiller, statistics = train_kd.build(args, dataset.classes)
-        record = train_kd.describe(args, own, distiller, dataset)
-        record["command"] = " ".join(["train_kd.py", *common, *part])
-        if own and not teacher:
-            teacher = own.to(device)
-        if own and models.digest(own) != models.digest(teacher):
-            raise ValueError(f"{args.out} has another teacher")
-        loaders = loaders or train_kd.make_loaders(args, dataset, statistics, device)
-        run = train_kd.Run(args, device, own, distiller.to(device), loaders)
-        keep |= {*own.layers} if own else set()
-        run.layers = own.layers if own else []
-        if args.resume:
-            train_kd.load(run)
-        if RANK == 0:
-            train_kd.open_folder(args, config, record)
-        runs.append(run)
-    shared = models.HookedModel(teacher.model, sorted(keep), **statistics, twin=teacher.twin).eval() if teacher else None
-    return runs, shared
-
-
-def taught_for(run, taught):
-    if not run.teacher:
-        return None
-    logits, maps = taught
-    return logits, [maps[layer] for layer in run.layers]
-
-
-def train(runs, teacher):
-    args, steps, loader = runs[0].args, runs[0].steps, runs[0].train_loader
-    ended = []
-    for epoch in range(min(len(run.log) for run in runs), args.epochs):
-        start = min(max(run.step - epoch * steps, 0) for run in runs)
-        batches = data.training_batches(loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
-                                        repeats=args.repeats, accum=args.accum, rank=RANK, world=train_kd.WORLD)
-        stream, began = loader.load(batches, epoch), time.perf_counter()
-        for i in range(start, steps):
-            active = [run for run in runs if run.step == epoch * steps + i and run not in ended]
-            for run in active:
-                run.distiller.train()
-                run.scheduler.step_update(run.step)
-            for micro in range(args.accum):
-                images, labels = next(stream)
-                taught = None
-                if teacher:
-                    with torch.no_grad(), runs[0].autocast("teacher"):
-                        logits, maps = teacher(images)
-                    taught = logits, dict(zip(teacher.layers, maps))
-                for run in active:
-                    train_kd.backward(run, images, labels, taught_for(run, taught), micro)
-            for run in active:
-                train_kd.step(run)
-            received = runs[0].stop.asked()
-            if received:
-                for run in active:
-                    train_kd.save(run)
-                train_kd.say(f"stopped by {signal.Signals(received).name}")
-                sys.exit(128 + received)
-            if i % 50 == 49:
-                ended += [run for run in active if failed(run)]
-        seconds = (time.perf_counter() - began) / len(runs)
-        for run in runs:
-            if len(run.log) == epoch and run not in ended:
-                if failed(run):
-                    ended.append(run)
-                else:
-                    train_kd.end_epoch(run, epoch, (steps - start) * args.batch_size, seconds)
-    for run in runs:
-        if RANK == 0 and run not in ended:
-            train_kd.finish(run)
-
-
-def failed(run):
-    """NaN ends a run, the others go on."""
-    if all(value.isfinite() for value in run.sums.values()):
-        return False
-    train_kd.say(f"warning: {run.out} ended at step {run.step}: its loss is not finite")
-    return True
+MUST_BE_COMMON = (
+    "data", "train_size", "label_noise", "skip_bad_images", "img_size", "repeats", "auto_augment",
+    "random_erasing", "crop_pct", "teacher", "teacher_weights", "teacher_kwargs", "teacher_head",
+    "teacher_maps", "epochs", "batch_size", "accum", "seed", "device", "amp", "compile")
 
 
 def main():
-    words = sys.argv[1:]
-    places = [i for i, word in enumerate(words) if word == "--"] + [len(words)]
-    parts = [words[a + 1:b] for a, b in zip(places, places[1:])]
-    common = words[:places[0]]
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    runs, teacher = open_runs(parts, common)
-    with train_kd.Stop() as stop:
+    common, *parts = split_at_dashes(sys.argv[1:])
+    try:
+        with contextlib.ExitStack() as stack:
+            runs = [open_run([*common, *part], stack) for part in parts]
+            teacher = share(runs)
+            stack.enter_context(train_kd.signals_remembered(runs[0]))
+            train(runs, teacher)
+    except (ValueError, OSError) as error:
+        train_kd.fail(error)
+
+
+def split_at_dashes(words):
+    parts = [[]]
+    for word in words:
+        if word == "--":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    train_kd.refuse(len(parts) < 2, "no student: each one's flags stand behind a --")
+    return parts
+
+
+def open_run(argv, stack):
+    args, device, dataset, config = train_kd.settle(argv)
+    train_kd.refuse(args.eval or args.dry_run, "side by side there is neither --eval nor --dry-run")
+    stack.enter_context(train_kd.claimed(args.out))
+    sys.argv = ["train_kd.py", *argv]  # the command on record trains this student alone
+    return train_kd.prepare(args, device, dataset, config)
+
+
+def share(runs):
+    """Give all runs the loaders of the first -> one teacher, which keeps the layers of all."""
+    first = runs[0]
+    teacher = None
+    for run in runs:
+        for name in MUST_BE_COMMON:
+            mine, theirs = getattr(run.args, name), getattr(first.args, name)
+            train_kd.refuse(mine != theirs, f"{train_kd.flag(name)} must be common: {mine}, {theirs}")
+        train_kd.refuse(
+            models.statistics(run.student.model) != models.statistics(first.student.model),
+            f"{run.args.student} and {first.args.student} want images normalised differently")
+        run.train_loader = first.train_loader
+        run.val_loader = first.val_loader
+        run.layers = []  # of the teacher
+        if run.teacher:
+            run.layers = list(run.teacher.layers)
+            teacher = teacher or run.teacher
+            same = models.digest(run.teacher) == models.digest(teacher)
+            train_kd.refuse(not same, f"{run.out} has another teacher")
+            hooked = getattr(teacher, "of_maps", teacher)
+            for layer in run.layers:
+                if layer not in hooked.layers:
+                    hooked.hook(layer)
+    return teacher
+
+
+def train(runs, teacher):
+    """As train_kd.train. A run whose loss is NaN ends, and the others go on."""
+    args, steps, loader = runs[0].args, runs[0].steps, runs[0].train_loader
+    for epoch in range(min(len(run.log) for run in runs), args.epochs):
+        began = time.perf_counter()
+        start = max(0, min(run.step for run in runs) - epoch * steps)
+        batches = data.training_batches(
+            loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
+            repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
+        stream = loader.load(batches, epoch)
+        for step in range(epoch * steps + start, (epoch + 1) * steps):
+            active = [run for run in runs if run.step == step]
+            for part in range(args.accum):
+                images, labels = next(stream)
+                learn_all(active, part, images, labels, teacher)
+            train_kd.stop_after_signal(active)
+            if step % 50 == 49:
+                runs = [run for run in runs if is_sound(run)]
+        seconds = time.perf_counter() - began
+        runs = [run for run in runs if is_sound(run)]
         for run in runs:
-            run.stop = stop
-        train(runs, teacher)
+            if len(run.log) == epoch:
+                train_kd.end_epoch(run, steps - start, seconds / len(runs))
+
+
+@torch.no_grad()
+def teach(teacher, images, autocast):
+    with autocast:
+        logits, maps = teacher(images)
+    return logits, dict(zip(teacher.layers, maps))
+
+
+def learn_all(runs, part, images, labels, teacher):
+    if teacher:
+        logits, maps = teach(teacher, images, runs[0].autocast)
+    for run in runs:
+        run.distiller.train()
+        taught = None
+        if run.teacher:
+            taught = logits, [maps[layer] for layer in run.layers]
+        train_kd.learn(run, part, images, labels, taught)
+
+
+def is_sound(run):
+    try:
+        if run.sums:
+            train_kd.mean_sums(run)
+        return True
+    except UserError as error:
+        train_kd.say(f"warning: ended, while the others go on: {error}")
+        return False
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,11 +1,13 @@
 """Where the time of a training goes, and how long it would take.
 
-    python results/speed.py --method projector --updates 30 >> results/speed.jsonl      # any flags of train_kd.py
+    python results/speed.py --method projector --updates 30 >> results/speed.jsonl
+    python results/speed.py --students 5 >> results/speed.jsonl     # side by side on one teacher
 
-Times an update and its parts on images in memory, then with the real loader. The *floor* is what no KD training can do
-without: the teacher's forward, the student's forward and backward pass, one optimizer step.
+Any flags of train_kd.py may stand beside. An update and its parts are timed on images in memory,
+then with the real loader. The *floor* is what no KD training can do without: the teacher's forward
+pass, the student's forward and backward pass, one optimizer step. All weights are random.
 """
-import contextlib
+import argparse
 import itertools
 import json
 import os
@@ -25,32 +27,42 @@ import train_kd
 from train_kd import RANK, WORLD
 
 
-def time_parts(run, classes, updates):
-    """Median ms of an update and its parts on images in memory."""
-    args, accum = run.args, run.args.accum
+def time_parts(runs, classes, updates):
+    """Median ms of an update of all runs, and of its parts, on images in memory."""
+    run, *others = runs
+    args, accum, device = run.args, run.args.accum, run.train_loader.device
     size = args.batch_size // WORLD // accum
-    images = torch.randn(size, 3, args.img_size, args.img_size, device=run.device)
-    labels = torch.randint(classes, (size,), device=run.device)
+    images = torch.randn(size, 3, args.img_size, args.img_size, device=device)
+    labels = torch.randint(classes, (size,), device=device)
     in_memory = itertools.repeat((images, labels))
 
     @torch.no_grad()
     def teach():
-        with run.autocast("teacher"):
-            return run.teacher(images) if run.teacher else ()
+        with run.autocast:
+            return run.teacher(images) if run.teacher else None
 
     def study():
-        with run.autocast("student"):
+        with run.autocast:
             logits, maps = run.student(images)
         F.cross_entropy(logits, labels).backward()
-        return logits, maps
+        return logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
 
-    taught, (logits, maps) = teach(), study()
-    logits, maps = logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
+    taught = teach()
+    logits, maps = study()
 
     def compare():
-        with run.autocast("student"):
-            terms = run.distiller.method(labels, logits, maps, *taught)
+        with run.autocast:
+            terms = run.distiller.method(labels, logits, maps, *(taught or ()))
         sum(terms.values()).backward()
+
+    def update():
+        train_kd.update(run, in_memory)
+
+    def update_all():
+        update()
+        for other in others:
+            for part in range(accum):
+                train_kd.learn(other, part, images, labels, taught)
 
     def floor():
         for _ in range(accum):
@@ -59,72 +71,99 @@ def time_parts(run, classes, updates):
         run.optimizer.step()
         run.optimizer.zero_grad()
 
-    parts = {"step": (lambda: train_kd.update(run, in_memory), 1), "floor": (floor, 1), "teacher": (teach, accum),
-             "student": (study, accum), "losses": (compare, accum)}
-    rounds = [{part: timed(run.device, *work) for part, work in parts.items()}  # in turn: a drift meets all of them
-              for _ in range(updates + 1)][1:]  # the first warms up
-    return {part: float(np.median([each[part] for each in rounds])) for part in parts}
+    parts = dict(
+        step=update, floor=floor, teacher=teach, student=study, losses=compare, all=update_all)
+    times = {part: [] for part in parts}
+    for _ in range(updates + 1):  # in turn, so that a drift of the machine meets all of them
+        for part, work in parts.items():
+            times[part].append(milliseconds(work, device))
+    medians = {part: float(np.median(each[1:])) for part, each in times.items()}  # the first warms up
+    for part in ("teacher", "student", "losses"):
+        medians[part] *= accum
+    return medians
 
 
 def time_loader(run, updates):
     """Mean ms that an update waits for the real loader, and mean ms of the update itself."""
     args, loader = run.args, run.train_loader
-    keys = data.training_batches(loader.size, args.batch_size, seed=0, epoch=0, repeats=args.repeats, accum=args.accum,
-                                 rank=RANK, world=WORLD)
-    stream = itertools.chain.from_iterable(loader.load(keys, epoch) for epoch in itertools.count())
+
+    def endless():
+        for epoch in itertools.count():
+            yield from loader.load(data.training_batches(
+                loader.size, args.batch_size, seed=0, epoch=epoch, repeats=args.repeats,
+                accum=args.accum, rank=RANK, world=WORLD), epoch)
+
+    stream = endless()
     waits, steps = [], []
     for _ in range(updates + 1):
-        fetched = []
-        waits.append(timed(run.device, lambda: fetched.append(next(stream)), args.accum))
-        steps.append(timed(run.device, lambda: train_kd.update(run, iter(fetched))))
-    return np.mean(waits[1:]), np.mean(steps[1:])  # the first starts the workers
+        began = time.perf_counter()
+        fetched = [next(stream) for _ in range(args.accum)]
+        waits.append(1000 * (time.perf_counter() - began))
+        steps.append(milliseconds(lambda: train_kd.update(run, iter(fetched)), loader.device))
+    return float(np.mean(waits[1:])), float(np.mean(steps[1:]))  # the first starts the workers
 
 
-def timed(device, work, times=1):
+def milliseconds(work, device):
     began = time.perf_counter()
-    for _ in range(times):
-        work()
+    work()
     getattr(torch, device.type).synchronize()
     return 1000 * (time.perf_counter() - began)
 
 
 def peak_memory(device):
-    """GB: of the device if it keeps count, else of the process; None where neither is known (Windows)."""
-    with contextlib.suppress(ImportError):
-        if device.type == "cuda":
-            return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    """GB of the device if it is a GPU, else of the process; None where neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
         import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def measure(argv):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--students", type=int, default=1)
+    own, others = parser.parse_known_args(argv)
+    # A dry run has random weights, and its folder need not be free.
+    args, device, dataset, _ = train_kd.settle([*others, "--dry-run"])
+    runs = []
+    for _ in range(own.students):
+        teacher, distiller = train_kd.build(args, dataset.classes)
+        runs.append(train_kd.Run(args, device, dataset, teacher, distiller))
+    run = runs[0]
+    ms = time_parts(runs, dataset.classes, own.updates)
+    ms["loader"], step = time_loader(run, own.updates)
+    loop = ms["loader"] + step
+    hours = loop / 3.6e6 * run.steps * args.epochs
+    return {
+        "command": " ".join(["speed.py", *argv]),
+        "ms": {part: round(value, 2) for part, value in ms.items()},
+        "step_to_floor": round(ms["step"] / ms["floor"], 3),
+        "per_student_to_alone": round(ms["all"] / own.students / ms["step"], 3),
+        "images_per_s_in_memory": round(1000 * args.batch_size / ms["step"], 1),
+        "images_per_s": round(1000 * args.batch_size / loop, 1),
+        "peak_memory_gb": peak_memory(device),
+        "training_hours": round(hours, 5),
+        "batch_size": args.batch_size,
+        "amp": args.amp,
+        "processes": WORLD,
+        "threads": torch.get_num_threads(),
+        "spincount": os.environ["GOMP_SPINCOUNT"],
+        "torch": torch.__version__,
+        "device": models.device_name(device)}
 
 
 def main(argv=None):
-    parser = train_kd.make_parser()
-    parser.add_argument("--updates", type=int, default=10, help="to time")
-    typed = vars(parser.parse_args(argv))
     try:
-        device = models.choose_device(typed.get("device"))
-        args, dataset, _ = train_kd.resolve({**typed, "overwrite": True}, device)
-        args.dry_run = True  # random weights
-        teacher, distiller, statistics = train_kd.build(args, dataset.classes)
-        loaders = train_kd.make_loaders(args, dataset, statistics, device)
-        run = train_kd.Run(args, device, teacher and teacher.to(device), distiller.to(device), loaders)
-        ms = time_parts(run, dataset.classes, args.updates)
-        ms["loader"], step = time_loader(run, args.updates)
+        result = measure(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         train_kd.fail(error)
-    loop, in_memory = ms["loader"] + step, 1000 * args.batch_size / ms["step"]
-    hours = loop / 3.6e6 * run.steps * args.epochs
-    result = {"command": " ".join(sys.argv), "ms": {part: round(value, 2) for part, value in ms.items()},
-              "step_to_floor": round(ms["step"] / ms["floor"], 3), "images_per_s_in_memory": round(in_memory, 1),
-              "images_per_s": round(1000 * args.batch_size / loop, 1), "peak_memory_gb": peak_memory(device),
-              "training_hours": round(hours, 5), "spincount": os.environ["GOMP_SPINCOUNT"],
-              **{key: getattr(args, key) for key in ("updates", "batch_size", "img_size", "amp", "compile")},
-              "processes": WORLD, "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else models.cpu_info("model name")}
     if RANK == 0:
-        shares = ", ".join(f"{part} {value:.1f} ms ({value / ms['step']:.1%})" for part, value in ms.items())
-        print(f"{shares}; step / floor {result['step_to_floor']}; all epochs: {hours:.2f} hours here", file=sys.stderr)
+        for part, value in result["ms"].items():
+            print(f"{part} {value:.1f} ms ({value / result['ms']['step']:.1%})", file=sys.stderr)
         print(json.dumps(result), flush=True)
 
 

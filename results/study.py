@@ -1,224 +1,400 @@
-"""Gather the runs of a study in one file, print its table, draw its figures.
+"""Gather the runs of a study in one file, print their table, draw their figures.
 
-    python results/study.py results                       # of what study.jsonl holds, without any folder of a run
-    python results/study.py runs/study --out results      # adds finished runs, in folders NAME-SEED
+    python results/study.py results                     # what study.jsonl holds, without the runs
+    python results/study.py runs/study --out results    # adds finished runs, in folders NAME-SEED
+    python results/study.py results --less soft         # all runs of its setup, less `soft`
+    python results/study.py results --less soft-lifted lift-mse lift-mse-beta5    # these two
 
-study.jsonl has one line per run: settings, seed, versions, commit, command, and by epoch the losses and accuracies. Its
-first line holds the settings that all runs share. Figures: dose.png, head_start.png.
+study.jsonl has a line for each run: settings, seed, versions, commit, command, and by epoch the
+losses and accuracies. Its first line holds the settings that all runs share.
+
+Figures: dose.png (top-1 by beta), rates.png (top-1 by learning rate), head_start.png (gain over
+`soft` by epoch, beside that of the published logs in published.json).
 """
 import argparse
 import json
 import math
 import sys
+from collections import defaultdict
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 from analyze import save
-from models import read_config
+from models import ModelError, read_config
 
-# ---------- Records
+
+class UserError(ValueError):
+    """What a user can mend."""
+
+
+# ---------- Records: the lines of study.jsonl
+
+
+def read_lines(path, parse_float=float):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line, parse_float=parse_float) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} does not consist of JSON lines: {error}") from error
 
 
 def read_study(path):
-    """study.jsonl -> {(name, seed): run}."""
-    try:
-        common, *runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for run in runs:
-            run["settings"] = {**common["common"], **run["settings"]}
-        return {(run["name"], run["seed"]): run for run in runs}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of a study: {error}") from error
+    """study.jsonl -> {(name, seed): record}, empty if there is no such file."""
+    records = {}
+    if path.exists():
+        first, *others = read_lines(path) or [{}]
+        if "common" not in first:
+            raise UserError(f"{path} is no record of a study")
+        for record in others:
+            record["settings"] = {**first["common"], **record["settings"]}
+            records[record["name"], record["seed"]] = record
+    return records
 
 
-def write_study(runs, path):
-    common = {key: value for key, value in runs[0]["settings"].items()
-              if all(key in run["settings"] and run["settings"][key] == value for run in runs)}
-    own = [{**run, "settings": {k: v for k, v in run["settings"].items() if k not in common}} for run in runs]
-    part = path.with_suffix(".part")  # whole or not at all: the runs' folders may be gone
-    part.write_text("".join(f"{json.dumps(line)}\n" for line in ({"common": common}, *own)), encoding="utf-8")
+def write_study(records, path):
+    common = {}
+    for key, value in records[0]["settings"].items():
+        if all((key, value) in record["settings"].items() for record in records):
+            common[key] = value
+    text = json.dumps({"common": common}) + "\n"
+    for record in records:
+        own = {key: value for key, value in record["settings"].items() if key not in common}
+        text += json.dumps({**record, "settings": own}) + "\n"
+    # Whole or not at all: the folders of the runs may be gone.
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def read_runs(folder):
-    """The finished runs in folders NAME-SEED -> {(name, seed): run}, light enough to be kept by the hundred."""
-    def brief(value):
-        return value and float(f"{value:.5g}")
-
-    runs = {}
-    for path in sorted(folder.glob("*-*/log.jsonl")):
-        config = read_config(path.parent)
-        settings = config["settings"]
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if len(log) != settings["epochs"]:
-            continue
-        name = path.parent.name.rpartition("-")[0]
-        runs[name, settings["seed"]] = {
-            "name": name, "seed": settings["seed"],
-            "settings": {key: value for key, value in settings.items() if key not in ("seed", "out")},
-            "student_parameters": config.get("parameters", {}).get("student"),
-            **{key: config.get(key) for key in ("layers", "versions", "commit", "command")},
-            "seconds": brief(float(np.median([line["seconds"] for line in log]))),  # of an epoch
-            "terms": {term: [brief(line["terms"].get(term)) for line in log] for term in log[0]["terms"]},
-            **{key: [brief(line.get(key)) for line in log] for key in ("top1", "ema_top1")}}
-    return runs
+def five_digits(text):
+    return float(f"{float(text):.5g}")
 
 
-# ---------- What a run compares, and in which setup
-
-SETUP = ("student", "student_kwargs", "teacher", "teacher_weights", "data", "train_size", "label_noise", "img_size",
-         "epochs", "batch_size", "lr", "alpha", "tau")
-
-
-def setup_of(run):
-    return tuple(json.dumps(run["settings"].get(key) or 0) for key in SETUP)
-
-
-def label_of(run):
-    """What a run of beta > 0 compares: "Last 1, MSE"; None if nothing."""
-    settings, layers = run["settings"], (run["layers"] or {}).get("student", [])
-    terms = [term for term in run["terms"] if term not in ("ce", "kd")]
-    if not layers or not terms:
+def read_run(folder):
+    """The folder NAME-SEED of a run -> its record; None if it has not finished."""
+    config = read_config(folder)
+    settings = config["settings"]
+    log = read_lines(folder / "log.jsonl", five_digits)  # light enough to be kept by the hundred
+    if len(log) != settings["epochs"]:
         return None
-    first = sum(layer == place for place, layer in enumerate(layers))
-    where = " ".join(f"{word} {count}" for word, count in (("First", first), ("Last", len(layers) - first)) if count)
-    method = settings["method"]
-    words = [where if method == "spectral" else method, *([where] if method == "projector" else [])]
-    words += ["MSE" if term == "mse" else term for term in terms if term != "projector"]
-    own = {"lift": "lifted", "widelast": "widened"}.get(method, "plain")
-    words += [settings["variant"]] * (settings["variant"] != own) + ["fading"] * (settings.get("fade", 1) < 1)
-    words += ["untrained maps"] * (settings.get("teacher_maps") == "random")
-    return ", ".join(words + ["norm none"] * (settings.get("norm") == "none"))
+    del settings["out"]
+    record = {
+        "name": folder.name.rpartition("-")[0],
+        "seed": settings.pop("seed"),
+        "settings": settings,
+        "terms": {},
+    }
+    for key in ("layers", "versions", "commit", "command"):
+        record[key] = config.get(key)  # an older run may lack it
+    for term in log[0]["terms"]:
+        record["terms"][term] = [line["terms"].get(term) for line in log]
+    for key in ("top1", "ema_top1"):
+        record[key] = [line.get(key) for line in log]
+    return record
 
 
-COLOURS = {"soft": "black", "First 1": "#2a6fbb", "Last 1": "#c1440e", "First 1 Last 1": "#5e3c99", "lift": "#3d8b40",
-           "widelast": "#b08d57", "projector": "#7a7a7a"}
+def gather(source, out):
+    """Add the runs in `source` to those of out/study.jsonl -> the records of all."""
+    found = read_study(source / "study.jsonl")
+    for log in source.glob("*-*/log.jsonl"):
+        record = read_run(log.parent)
+        if record:
+            found[record["name"], record["seed"]] = record
+    if not found:
+        raise UserError(f"{source} has no finished runs, in folders NAME-SEED, and no study.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {**read_study(out / "study.jsonl"), **found}
+    records = [kept[key] for key in sorted(kept)]
+    write_study(records, out / "study.jsonl")
+    return records
+
+
+# ---------- Runs: what the table and the figures need of a record
+
+# The usual setup; a record without the setting stands for the value here. A run's setup is told by
+# how it differs.
+USUAL = {
+    "student": "deit_toy_patch8_32",
+    "student_kwargs": {},
+    "data": "shapes",
+    "train_size": 4000,
+    "label_noise": 0.2,
+    "img_size": 32,
+    "epochs": 30,
+    "batch_size": 64,
+    "alpha": 0.9,
+    "tau": 1.0,
+    "fade": 1.0,
+    "teacher_maps": "trained",
+}
+
+
+def run_of(record):
+    """A record with all that the runs are grouped by: run.name, run.seed, run.label..."""
+    run = SimpleNamespace(**record)
+    run.top1 = np.array(run.top1, dtype=float)  # by epoch; None, not evaluated, becomes NaN
+    run.end = run.top1[-1]
+    run.epochs = len(run.top1)
+    settings = {key: value for key, value in run.settings.items() if value is not None}
+    run.method = settings["method"]
+    run.variant = settings.get("variant", "plain")
+    run.rate = settings.get("lr", 0)
+    compares_maps = run.layers and run.layers["student"]
+    run.beta = settings.get("beta", 0) if compares_maps else 0
+    run.label = label_of(run, settings)
+    run.setup = ""
+    for key, usual in USUAL.items():
+        value = settings.get(key, usual)
+        if value != usual:
+            run.setup += f"{key} {value}\n"
+    return run
+
+
+def label_of(run, settings):
+    """The method in words: "soft", "soft, lifted", "Last 1, MSE", "lift, MSE"."""
+    words = [run.method]
+    if run.method in ("spectral", "projector"):
+        # These are known by the layers that they align.
+        place = f"First {settings.get('first', 1)} Last {settings.get('last', 1)}"
+        words = [place.replace("First 0 ", "").replace(" Last 0", "")]
+    for term in run.terms:
+        if term not in ("ce", "kd", *words):
+            words.append("MSE" if term == "mse" else term)
+    if run.method in ("none", "soft") and run.variant != "plain":
+        words.append(run.variant)
+    if settings.get("teacher_weights") == "random":
+        words.append("untrained teacher")
+    return ", ".join(words)
+
+
+def group(runs, *fields):
+    """{values of the fields: the runs that have them}, in the order of the values."""
+    values_of = attrgetter(*fields)
+    groups = defaultdict(list)
+    for run in runs:
+        groups[values_of(run)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def main_group(runs):
+    """The runs of the setup and learning rate that most runs have."""
+    return max(group(runs, "setup", "rate").values(), key=len)
+
+
+def gains_of(runs, others):
+    """Top-1 less that of the other run with the same seed: [shared seeds, epochs]."""
+    gains = []
+    for run in runs:
+        for other in others:
+            if (run.seed, run.epochs) == (other.seed, other.epochs):
+                gains.append(run.top1 - other.top1)
+    return np.array(gains)
+
+
+def around(gains, epoch):
+    """Means over the nine epochs around this one, or over those of them that there are: [seeds]."""
+    return np.nanmean(gains[:, max(epoch - 5, 0):epoch + 4], axis=1)
+
+
+# ---------- The table
+
+
+def deviation(values):
+    return np.std(values, ddof=1) if len(values) > 1 else math.nan
+
+
+def standard_error(values):
+    return deviation(values) / math.sqrt(len(values))
+
+
+def paired(gains):
+    return f"{np.mean(gains):+.2f} +- {standard_error(gains):.2f} ({len(gains)})"
+
+
+def unpaired(ends, others):
+    difference = np.mean(ends) - np.mean(others)
+    error = math.hypot(standard_error(ends), standard_error(others))
+    return f"{difference:+.2f} +- {error:.2f} ({len(ends)}, {len(others)})"
+
+
+def print_table(names, others):
+    """A row a run. With others, also its difference to them, with standard error and numbers of
+    seeds: unpaired; paired by seed at the last epoch, over the last ten, around some epochs."""
+    head = ["run", "n", "top-1 of each seed", "mean +- standard deviation"]
+    marks = []
+    if others:
+        head += [f"less {others[0].name}, unpaired", "paired by seed", "paired, last ten epochs"]
+        for epoch in (5, 10, 20, 30, 60, 90, 150, 200):
+            if epoch <= others[0].epochs:
+                marks.append(epoch)
+                head.append(f"epoch {epoch}")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
+    for name, runs in names.items():
+        ends = [run.end for run in runs]
+        each = " ".join(f"{end:.2f}" for end in ends)
+        row = [name, str(len(ends)), each, f"{np.mean(ends):.2f} +- {deviation(ends):.2f}"]
+        if others:
+            row.append(unpaired(ends, [other.end for other in others]))
+        gains = gains_of(runs, others)
+        if len(gains):
+            row.append(paired(gains[:, -1]))
+            row.append(paired(np.nanmean(gains[:, -10:], axis=1)))
+            for epoch in marks:
+                row.append(f"{around(gains, epoch).mean():+.2f}")
+        print(f"| {' | '.join(row)} |")
+
+
+# ---------- Figures
+
+COLOURS = {
+    "none": "#8a8a8a",
+    "soft": "black",
+    "First 1": "#2a6fbb",
+    "Last 1": "#c1440e",
+    "First 1 Last 1": "#5e3c99",
+    "lift": "#3d8b40",
+    "widelast": "#b08d57",
+}
 
 
 def style(label):
-    """A colour for each place or method, a dash for each loss."""
-    dash = ":" if "fading" in label else "--" if "spectral" in label else "-"
-    return dict(color=COLOURS.get(label.split(",")[0], "#d98cb3"), linestyle=dash, marker="s" if dash == "--" else "o")
+    """A colour for each place or method, dashes for the spectral loss."""
+    dashed = "spectral" in label
+    return {
+        "color": COLOURS.get(label.split(",")[0], "#d98cb3"),
+        "linestyle": "--" if dashed else "-",
+        "marker": "s" if dashed else "o",
+    }
 
 
-# ---------- Table and figures
-
-
-def moments(values):
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
-
-
-def by_setup(runs):
-    """{setup: {(label, student variant): {beta: [top-1 of a seed]}}}, most runs first; label None is `soft`, beta 0."""
-    setups, sizes = {}, {}
-    for run in runs:
-        label, settings, setup = label_of(run), run["settings"], setup_of(run)
-        if label or settings["method"] == "soft":
-            curve = setups.setdefault(setup, {}).setdefault((label, settings["variant"]), {})
-            curve.setdefault(settings["beta"] if label else 0, []).append(run["top1"][-1])
-            sizes[setup] = sizes.get(setup, 0) + 1
-    return {setup: setups[setup] for setup in sorted(setups, key=sizes.get, reverse=True)}
-
-
-def draw_dose(curves, path):
-    """Top-1 against beta in one setup: on the left what compares pooled maps, on the right what learns to compare. A
-    line starts at beta 0 with its control, `soft` on the same student."""
-    shown = {}
-    for label, variant in sorted(key for key in curves if key[0]):
-        doses = {**curves.get((None, variant), {}), **dict(sorted(curves[label, variant].items()))}
-        if len(doses.keys() - {0}) > 1:  # a curve needs two doses
-            shown[label] = doses
-    panels = [{label: shown[label] for label in shown if label.startswith(("First", "Last")) == pooled}
-              for pooled in (True, False)]
-    panels = [panel for panel in panels if panel]
-    if not panels:
-        return
-    betas = sorted({beta for doses in shown.values() for beta in doses} - {0})
-    place = {0: betas[0] / 4, **{beta: beta for beta in betas}}  # a log axis has no 0
-    figure = Figure(figsize=(max(4.4 * len(panels), 6.4), 4.8))
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        for i, (label, doses) in enumerate(panel.items()):
-            beside = 1.4 ** ((i + 0.5) / len(panel) - 0.5)
-            means, spreads = zip(*map(moments, doses.values()))
-            axes.errorbar([place[beta] * beside for beta in doses], means, spreads, label=label, **style(label))
-        axes.set(xscale="log", xlabel="beta, the weight of the feature loss")
-        axes.set_xticks([*place.values()], [f"{beta:g}" for beta in place], fontsize=8)
-        axes.xaxis.minorticks_off()
-    figure.axes[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
+def draw_panels(panels, xlabel, path, zero=None):
+    """Mean and standard deviation of the seeds. panels: {title: {label: {x: runs}}}. On the log
+    axis x 0 has its place at `zero`."""
+    figure = Figure(figsize=(2 + 3.4 * len(panels), 4.8))
+    row = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=bool(zero))[0]
+    apart = 1.4 if zero else 1.1  # the curves stand beside each other, or their bars would hide
+    ticks = {}
+    for axes, (title, curves) in zip(row, panels.items()):
+        for i, (label, points) in enumerate(curves.items()):
+            aside = apart ** ((i + 0.5) / len(curves) - 0.5)
+            places, means, spreads = [], [], []
+            for x, runs in points.items():
+                place = x or zero
+                ticks[place] = f"{x:g}"
+                ends = [run.end for run in runs]
+                places.append(place * aside)
+                means.append(np.mean(ends))
+                spreads.append(deviation(ends))
+            axes.errorbar(places, means, spreads, label=label, **style(label))
+        axes.set(xscale="log", xlabel=xlabel, title=title)
+    axes.set_xticks(list(ticks), ticks.values())
+    axes.xaxis.minorticks_off()
+    row[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
     save(figure, path, ncols=3)
 
 
-# Gain over SoftKD (76.9 % at the end) on ImageNet, DeiT-Tiny from CaiT-S24: computed from the authors' released logs
-# (one run each), means over the nine epochs around the one named; the last is the mean of the last ten of 300.
-PUBLISHED_EPOCHS = (5, 10, 20, 30, 45, 60, 90, 120, 150, 200, 250, 280, 296)
-PUBLISHED = {
-    "First 1, spectral": (1.49, 3.19, 3.01, 2.59, 1.67, .73, .13, 0, -.10, -.09, -.10, -.07, -.01),
-    "Last 1, spectral": (3.86, 5.21, 3.03, 2.22, 1.23, .79, .26, .24, 0, -.06, -.14, -.13, -.16),
-    "First 1 Last 1, spectral": (4.09, 5.96, 3.92, 3.04, 1.99, 1.25, .42, .27, .12, .10, .12, .06, .10)}
+def draw_dose(runs, path):
+    """Top-1 by beta in the setup with most runs. A curve begins at beta 0 with its control, `soft`
+    on the same student."""
+    runs = main_group(runs)
+    panels = defaultdict(dict)
+    for label, own in group(runs, "label").items():
+        control = [run for run in runs if run.method == "soft" and run.variant == own[0].variant]
+        if len(group(own, "beta")) > 1:  # a curve needs two doses
+            title = "maps pooled" if own[0].method == "spectral" else "maps not pooled"
+            panels[title][label] = group(control + own, "beta")
+    if panels:
+        least = min(run.beta for run in runs if run.beta)
+        draw_panels(panels, "beta, the weight of the feature loss", path, zero=least / 4)
 
 
-def draw_head_start(runs, path, least=100):
-    """Gain over `soft` by epoch, smoothed over nine: published logs, and our setup with the longest runs."""
-    longest = max(run["settings"]["epochs"] for run in runs)
-    setups = {setup_of(run) for run in runs if run["settings"]["epochs"] == longest and label_of(run)}
-    if longest < least or not setups:
-        return
-    setup = sorted(setups)[0]
-    ours = [run for run in runs if setup_of(run) == setup]
+def draw_rates(runs, path):
+    """Top-1 by learning rate: a panel a setup, a curve a method with three rates."""
+    panels = defaultdict(dict)
+    for (setup, label, beta), own in group(runs, "setup", "label", "beta").items():
+        rates = group(own, "rate")
+        rates.pop(0, None)  # of older records that do not tell it
+        if len(rates) >= 3:
+            panels[setup or "usual setup"][f"{label}, beta {beta:g}"] = rates
+    if panels:
+        draw_panels(panels, "learning rate", path)
+
+
+# Gain over SoftKD by epoch in the authors' logs; the file says how it was computed.
+PUBLISHED = json.loads((HERE / "published.json").read_text())
+
+
+def draw_head_start(runs, path):
+    """Gain over `soft` by epoch, published and ours: the longest runs, mean and range of seeds."""
+    lengths = group(runs, "epochs")
+    longest = max(lengths)
+    curves = group(main_group(lengths[longest]), "label", "beta")
+    soft = curves.pop(("soft", 0), [])
     figure = Figure(figsize=(9, 4.2))
     left, right = figure.subplots(1, 2, sharey=True)
-    for label, gains in PUBLISHED.items():
-        left.plot(PUBLISHED_EPOCHS, gains, label=label, **style(label))
-    for label in sorted({label_of(run) for run in ours} - {None}):
-        gains = np.array([np.subtract(*(np.array(each["top1"], float) for each in (run, other)))  # null: not measured
-                          for run in ours for other in ours if label_of(run) == label and run["seed"] == other["seed"]
-                          and other["settings"]["method"] == "soft"])  # [seeds, epochs]
+    left.set_title("ImageNet, published logs")
+    for label, gains in PUBLISHED["gains"].items():
+        left.plot(PUBLISHED["epochs"], gains, label=label, **style(label))
+    right.set_title(f"this study, {longest} epochs, all seeds")
+    for (label, beta), own in curves.items():
+        gains = gains_of(own, soft)
         if len(gains):
-            gains = np.nanmean(np.lib.stride_tricks.sliding_window_view(gains, 9, axis=1), axis=2)
-            epochs = np.arange(5, 5 + gains.shape[1])
-            right.plot(epochs, gains.mean(0), label=label, **{**style(label), "marker": None})
-            right.fill_between(epochs, gains.min(0), gains.max(0), color=style(label)["color"], alpha=0.2)
-    for axes, title in ((left, "ImageNet, published logs"), (right, f"shapes, {longest} epochs, all seeds")):
+            epochs = range(min(5, longest), longest + 1)
+            means = np.array([around(gains, epoch) for epoch in epochs])  # [epochs, seeds]
+            look = style(label)
+            look["marker"] = None
+            right.plot(epochs, means.mean(1), label=f"{label}, beta {beta:g}", **look)
+            right.fill_between(epochs, means.min(1), means.max(1), color=look["color"], alpha=0.2)
+    for axes in (left, right):
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(title=title, xscale="log", xlabel="epoch")
-        axes.set_xticks([5, 10, 30, 100, 300], ["5", "10", "30", "100", "300"])
+        axes.set(xscale="log", xlabel="epoch")
+        ticks = [5, 10, 30, 100, 300]
+        axes.set_xticks(ticks, ticks)
     left.set_ylabel("top-1 less that of soft (points)")
     save(figure, path, ncols=3)
 
 
-def study(source, out):
-    """Gather the runs of the folder `source` in study.jsonl, print the table, draw the figures."""
-    found = {**read_study(source / "study.jsonl"), **read_runs(source)}
-    if not found:
-        raise ValueError(f"{source} holds neither finished runs, in folders NAME-SEED, nor a study.jsonl")
-    runs = [run for _, run in sorted({**read_study(out / "study.jsonl"), **found}.items())]
-    write_study(runs, out / "study.jsonl")
-    print("| run | n | top-1 of each seed | mean +- standard deviation |\n|---|---|---|---|")
-    for name in sorted({run["name"] for run in runs}):
-        values = [run["top1"][-1] for run in runs if run["name"] == name]
-        mean, spread = moments(values)
-        print(f"| {name} | {len(values)} | {' '.join(f'{v:.2f}' for v in values)} | {mean:.2f} +- {spread:.2f} |")
-    for curves in [*by_setup(runs).values()][:1]:
-        draw_dose(curves, out / "dose.png")
-        draw_head_start(runs, out / "head_start.png")
+# ---------- The program
+
+
+def study(source, out, less):
+    runs = list(map(run_of, gather(source, out)))
+    names = group(runs, "name")
+    for name in less:
+        if name not in names:
+            raise UserError(f"no run is named {name}; there are {', '.join(names)}")
+    if less:
+        others = names[less[0]]
+        setup = group(runs, "setup")[others[0].setup]
+        shown = less[1:] or group(setup, "name")
+        print_table({name: names[name] for name in shown}, others)
+    else:
+        print_table(names, [])
+    draw_dose(runs, out / "dose.png")
+    draw_rates(runs, out / "rates.png")
+    draw_head_start(runs, out / "head_start.png")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(str(message).split())}\n")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("source", type=Path, help="a folder of runs, or of a study.jsonl")
-    parser.add_argument("--out", type=Path, help="where study.jsonl and the figures go (default: source)")
+    parser.add_argument("--out", type=Path, help="for study.jsonl and figures (default: source)")
+    parser.add_argument("--less", nargs="+", default=[], metavar="NAME",
+                        help="the run to compare with, and which (default: all of its setup)")
     args = parser.parse_args(argv)
     try:
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-        study(args.source, args.out or args.source)
-    except (ValueError, OSError, LookupError) as error:
-        parser.error(f"a record has no {error}" if isinstance(error, LookupError) else error)
+        study(args.source, args.out or args.source, args.less)
+    except (UserError, ModelError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def spectral_loss(map_s, map_t):
 
     F_stack is the orthonormal 2D real FFT over h x w, its real and imaginary parts stacked. Maps
     [B, C_s, h, w] and [B, C_t, h, w]; the wider one is pooled over its channels. With the full FFT
-    this would be half the spatial MSE (Parseval; the mean runs over twice as many numbers). The
-    real FFT leaves out the mirror images of the inner columns. Raises LossError for unequal grids.
+    this would be half the spatial MSE (Parseval; real and imaginary parts count as two numbers).
+    The real FFT leaves out the mirror images of its inner columns. Raises LossError for unequal
+    grids.
     """
     with _autocast_off(map_s):
         # The FFT is linear: one transform of the difference instead of two.
@@ -140,7 +141,7 @@ def _refuse(condition, message):
 
 @method("none")
 class NoKD(nn.Module):
-    """Plain training, the standalone student: CE(f_s, y).
+    """Plain training, the standalone student: CE(f_s, y). The base of all methods.
 
     label_smoothing: share of each label that is spread over all classes
     """
@@ -205,7 +206,10 @@ class SoftKD(NoKD):
 
 
 class FeatureKD(SoftKD):
-    """DD Eq. 11 and 14: L_KD + beta L_feature. L_feature is the mean of `pair_loss` over the layer pairs.
+    """DD Eq. 11 and 14: L_KD + beta L_feature, the base of all methods that compare feature maps.
+
+    L_feature is the mean over the layer pairs of `pair_loss(i, map_s, map_t)`, a scalar, which a
+    subclass defines. Its `term` is the name in the log.
 
     beta: weight of the feature term, which is not computed at 0
     """
@@ -302,8 +306,9 @@ class _MeanOfProcesses(torch.autograd.Function):
         dist.all_reduce(total)
         return total / dist.get_world_size()
 
-    # Every process's loss depends on every process's x, through the mean. So the gradient of x is
-    # the mean over the processes of the gradients that arrive: the same computation.
+    # Every process's loss depends on every process's x, through the mean. DDP averages the losses.
+    # So the gradient of x is the mean over the processes of the gradients that arrive, and the
+    # backward pass computes what the forward pass does.
     backward = forward
 
 

@@ -38,9 +38,9 @@ class HookedModel(nn.Module):
     """A timm model that also returns the feature maps of the chosen layers (of `feature_info`).
 
     forward: images [B, 3, H, W] -> logits [B, K] and a list of maps [B, C, h, w] in the order of
-    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: how the images are
-    normalised; a model that was trained with others gets them renormalised. Raises ModelError for
-    a layer that the model does not have.
+    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: what the images are
+    normalised with, if it is not the model's own. Raises ModelError for a layer that the model does
+    not have.
     """
 
     def __init__(self, model, layers=(), mean=None, std=None):
@@ -72,7 +72,7 @@ class HookedModel(nn.Module):
         module = dict(self.model.named_modules()).get(info["module"])
         if module is None:
             raise ModelError(f"timm does not tell where {kind} has its layers")
-        # A bound method, not a closure: a deep copy (the EMA) then hooks itself.
+        # A bound method, not a closure: in a deep copy (the EMA) it becomes the copy's.
         module.register_forward_hook(partial(self._keep, layer))
         self.layers.append(layer)
         self.channels.append(info["num_chs"])
@@ -94,7 +94,7 @@ class HookedModel(nn.Module):
             channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # Swin
             return output.permute(0, 3, 1, 2) if channels_last else output
         reduction = self.model.feature_info[layer]["reduction"]
-        h, w = (math.ceil(size / reduction) for size in images.shape[-2:])  # as convolutions do
+        h, w = (math.ceil(size / reduction) for size in images.shape[-2:])  # odd sizes round up
         tokens = output[:, output.shape[1] - h * w:]  # prefix tokens come first
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
 
@@ -105,10 +105,10 @@ class UntrainedMaps(nn.Module):
     forward: as a HookedModel's.
     """
 
-    def __init__(self, teacher, untrained, layers, statistics):
+    def __init__(self, teacher, untrained, layers, normalisation):
         super().__init__()
-        self.of_logits = HookedModel(teacher, [], **statistics)
-        self.of_maps = HookedModel(untrained, layers, **statistics)
+        self.of_logits = HookedModel(teacher, [], **normalisation)
+        self.of_maps = HookedModel(untrained, layers, **normalisation)
         self.layers = self.of_maps.layers
         self.channels = self.of_maps.channels
 
@@ -172,8 +172,9 @@ def pair_layers(student, teacher, settings):
     """The layers to align, student's and teacher's: as typed, or First X, Last Y of each one's stages."""
     layers_s, layers_t = settings.student_layers, settings.teacher_layers
     if not layers_s and not layers_t:
-        layers_s = first_and_last(stages(student), settings)
-        layers_t = first_and_last(stages(teacher), settings)
+        all_s, all_t = stages(student), stages(teacher)
+        layers_s = [all_s[i] for i in choose_layers(settings.first, settings.last, len(all_s))]
+        layers_t = [all_t[i] for i in choose_layers(settings.first, settings.last, len(all_t))]
     ascending = layers_s == sorted({*layers_s}) and layers_t == sorted({*layers_t})
     if not layers_s or len(layers_s) != len(layers_t) or not ascending:
         raise ModelError(
@@ -182,16 +183,11 @@ def pair_layers(student, teacher, settings):
     return layers_s, layers_t
 
 
-def first_and_last(layers, settings):
-    chosen = choose_layers(settings.first, settings.last, len(layers))
-    return [layers[i] for i in chosen]
-
-
 # ---------- Student variants (EM)
 
 
 def plain(name, teacher_width=None, **kwargs):
-    """Any timm model."""
+    """Any timm model. (All variants are called alike, so that this one takes a width, too.)"""
     try:
         model = timm.create_model(name, **kwargs)
         if not model.feature_info:
@@ -216,7 +212,7 @@ def lifted(name, teacher_width, **kwargs):
     The lifted map is the last layer's feature map. It stays at inference: the classifier reads the
     mean over its patch tokens.
     """
-    with torch.random.fork_rng(devices=[]):  # a trial model, only to be looked at
+    with torch.random.fork_rng(devices=[]):  # to be looked at: others lack the arguments below
         _check_vit(plain(name, **kwargs))
     model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     lift = _lift(model.embed_dim, teacher_width)
@@ -290,12 +286,12 @@ def build_model(
         if random_head:
             overlay["num_classes"] = 0  # so timm takes the weights for those without a classifier
         elif config.num_classes != num_classes:
-            raise ModelError(fine_tune_first(name, "pretrained", config.num_classes, num_classes))
+            raise ModelError(wrong_classes(name, "pretrained", config.num_classes, num_classes))
         return _from_hub(build, name, overlay, kwargs)
     return build(name, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def fine_tune_first(name, source, found, wanted):
+def wrong_classes(name, source, found, wanted):
     return (
         f"{name}'s weights ({source}) have {found} classes and the data {wanted}: fine-tune them, with "
         f"--method none --student {name} --student-weights {source}, and take that run as the teacher")
@@ -322,10 +318,11 @@ def _from_file(build, name, path, random_head, overlay, kwargs):
                 state[key] = fresh[key]
     classes = _count_classes(name, state)
     if classes not in (None, kwargs["num_classes"]):
-        raise ModelError(fine_tune_first(name, path, classes, kwargs["num_classes"]))
+        raise ModelError(wrong_classes(name, path, classes, kwargs["num_classes"]))
     try:
         if build is plain:
-            # By way of timm's own loader, which adapts published formats and position embeddings.
+            # By way of timm's loader, which adapts published formats and position embeddings.
+            # With a state_dict at hand it downloads nothing.
             overlay = dict(overlay, state_dict=state, num_classes=kwargs["num_classes"])
             return build(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         model = build(name, pretrained_cfg_overlay=overlay, **kwargs)
@@ -369,12 +366,12 @@ def start_from(model, name, source, img_size, variant="plain"):
     """
     own = model.state_dict()
     state = _starting_weights(name, source, img_size, own)
-    last = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
+    last_block = f"blocks.{len(getattr(model, 'blocks', ())) - 1}."
     fitting = {}
     for key, value in own.items():
         origin = key
         if variant == "lifted" and key not in state:
-            origin = key.replace(f"{last}0.", last)  # its last block is the first part of a sequence
+            origin = key.replace(f"{last_block}0.", last_block)  # there the lift follows the block
         found = state.get(origin)
         if found is not None and found.shape == value.shape and found.isfinite().all():
             fitting[key] = found
@@ -461,7 +458,7 @@ def read_config(run):
         raise ModelError(f"{run} is not the folder of a run: {one_line(error)}") from error
 
 
-def settings_of(student, teacher_weights):
+def implied_settings(student, teacher_weights):
     """The settings that follow from the student's name (the image size), or from a teacher's run."""
     if is_run(teacher_weights):
         of_run = read_config(teacher_weights)["settings"]
@@ -501,17 +498,17 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+OTHER_FLAGS_DECIDE = {
+    "num_classes", "img_size", "variant", "teacher_width", "pretrained", "weights", "random_head",
+    "model_name", "name", "pretrained_cfg", "pretrained_cfg_overlay", "features_only"}
+
+
 def key_value(text):
     """The argparse type of what timm's ParseKwargs takes apart: KEY=VALUE."""
     key, equals, _ = text.partition("=")
     if not equals or key in OTHER_FLAGS_DECIDE:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, or other flags decide it")
     return text
-
-
-OTHER_FLAGS_DECIDE = {
-    "num_classes", "img_size", "variant", "teacher_width", "pretrained", "weights", "random_head",
-    "model_name", "name", "pretrained_cfg", "pretrained_cfg_overlay", "features_only"}
 
 
 # ---------- Devices
@@ -523,7 +520,7 @@ def choose_device(name=None):
     available = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
-        "cpu": processes}
+        "cpu": processes}  # any number
     if not name:
         name = "cpu"
         if available["cuda"]:

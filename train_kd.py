@@ -53,7 +53,7 @@ class UserError(ValueError):
 
 RECIPES = {
     "imagenet": {},  # DD C.3: DeiT's recipe without mixup and cutmix, the defaults of the rows below
-    "toy": dict(  # images below 64 px: the embedded shapes, CIFAR
+    "toy": dict(  # for images below 64 px: the embedded shapes, CIFAR
         student="deit_toy_patch8_32",
         teacher="cait_toy_patch8_32",
         teacher_weights="weights/cait_toy_shapes.safetensors",
@@ -64,7 +64,7 @@ RECIPES = {
         repeats=1,
         amp="off",
         snapshot_every=3),
-    "finetune": dict(  # a folder of photos, from pretrained weights
+    "finetune": dict(  # for a folder of photos: from pretrained weights
         student_weights="pretrained",
         epochs=30,
         batch_size=16,
@@ -77,7 +77,7 @@ RECIPES = {
 
 # Where they have an effect (`check` decides): name, default, help, choices. Losses.py has a method's.
 SETTINGS = {"everywhere": [
-    ("recipe", "", "of defaults: toy for shapes, else imagenet; finetune for photos", RECIPES),
+    ("recipe", "", "table of defaults: by default toy for shapes, else imagenet", RECIPES),
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
     ("skip_bad_images", False, "replace an image that cannot be read by the next"),
@@ -170,7 +170,7 @@ def learn(run, part, images, labels, taught):
     last = part == accum - 1
     torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, part))  # for drop-path
     run.ddp.require_backward_grad_sync = last
-    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for schedules
     with run.autocast:
         _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
     loss = sum(terms.values()) / accum
@@ -226,17 +226,17 @@ def mean_sums(run):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # compiled graphs are for training's batches
-def evaluate(students, loader, autocast):
+def evaluate(judged, loader, autocast):
     """[top-1 %, top-5 %, cross-entropy] of each model. The processes share the images."""
-    totals = torch.zeros(len(students), 3, device=loader.device)
-    for model in students:
+    totals = torch.zeros(len(judged), 3, device=loader.device)
+    for model in judged:
         if WORLD > 1:
             distribute_bn(model, WORLD, reduce=True)  # BatchNorm's statistics are each process's own
         model.eval()
     batches = data.evaluation_batches(
         loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
     for images, labels in loader.load(batches):
-        for model, total in zip(students, totals):
+        for model, total in zip(judged, totals):
             with autocast:
                 logits, _ = model(images)
             correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -287,6 +287,7 @@ def build(args, classes):
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
+        # Without a need for it only its width counts. A dry run downloads nothing.
         untrained = not method.needs_teacher or args.dry_run and not args.teacher_weights
         teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
@@ -324,9 +325,11 @@ class Run:
         self.args = args
         self.out = Path(args.out)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
-        self.teacher = teacher and teacher.to(device)
         self.distiller = distiller.to(device)
         self.student = distiller.student
+        self.teacher = teacher
+        if teacher:
+            teacher.to(device)
         self.train_loader, self.val_loader = make_loaders(args, device, dataset, self.student)
         self.steps = self.train_loader.size // args.batch_size  # updates of an epoch
         self.step = 0  # updates so far
@@ -343,9 +346,9 @@ class Run:
         # Without its warm-up the random first weights would dominate the average.
         self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)
         if args.compile:  # in place, after the EMA's copy
-            for model in (self.student, teacher):
-                if model:
-                    model.compile(fullgraph=True, dynamic=False)
+            self.student.compile(fullgraph=True, dynamic=False)
+            if teacher:
+                teacher.compile(fullgraph=True, dynamic=False)
         self.ddp = distiller
         if WORLD > 1:
             self.ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True)
@@ -468,9 +471,9 @@ def load(run):
 
 def write_epoch(run):
     """The log, and the student's weights: the last, the best, every `snapshot_every`-th epoch's."""
-    *former, line = run.log
+    *former, last = run.log
     state = run.student.model.state_dict()
-    if all(line["top1"] > each["top1"] for each in former):
+    if all(last["top1"] > each["top1"] for each in former):
         write_torch(run.out / "best.pt", state)
     if len(run.log) % run.args.snapshot_every == 0:
         write_torch(run.out / f"epoch_{len(run.log):04d}.pt", state)
@@ -492,7 +495,7 @@ def report(run):
 # ---------- The command line
 
 OF_THIS_CALL = {"resume", "eval", "dry_run"}  # not kept in config.json
-FREE = {  # what may differ in a resumed run
+MAY_CHANGE = {  # with --resume
     *OF_THIS_CALL, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
     "snapshot_every", "workers", "device", "amp", "compile"}
 OF_EVAL = {"--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp"}
@@ -513,7 +516,7 @@ def parse(argv):
     for group in SETTINGS.values():
         for row in group:
             add_flag(parser, *row)
-    early, _ = parser.parse_known_args(argv)
+    early, _ = parser.parse_known_args(argv)  # for the few settings that decide the defaults
     out = early.out or f"runs/{early.method}"
     config = {}
     if early.eval or early.resume and models.is_run(out):
@@ -535,8 +538,8 @@ def parse(argv):
         parser.set_defaults(first=method.first, last=method.last)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    followed = models.settings_of(args.student, args.teacher_weights)
-    parser.set_defaults(**{**followed, **saved})
+    implied = models.implied_settings(args.student, args.teacher_weights)
+    parser.set_defaults(**{**implied, **saved})
     return parser.parse_args(argv), typed, config
 
 
@@ -584,7 +587,7 @@ def check(args, typed, config, dataset):
             refuse(not within, f"{flag(name)} {value} is out of range")
     classes = [dataset.classes, dataset.names]
     for folder in (args.out if config else "", args.teacher_weights):
-        if models.is_run(folder) and dataset.classes:
+        if models.is_run(folder) and dataset.classes:  # photos to --eval may have none
             known = models.read_config(folder)
             refuse([known["images"]["classes"], known["class_names"]] != classes,
                    f"{folder} and {args.data} differ in their classes or the order of them")
@@ -593,7 +596,7 @@ def check(args, typed, config, dataset):
     images = len(dataset.train)
     if config:
         for name, value in config["settings"].items():
-            changed = name not in FREE and getattr(args, name, value) != value
+            changed = name not in MAY_CHANGE and getattr(args, name, value) != value
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"(with --student-weights {args.out}, if you like)")
         former = config["images"]["train"]
@@ -614,7 +617,7 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    lines = str(message).splitlines()  # a data worker's traceback ends with its message
+    lines = str(message).splitlines()  # a data worker's error is a traceback and, last, its message
     print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -6,8 +6,8 @@
     python analyze.py --evolution runs/soft             # DD Fig. 4: entropy over the training
 
 A model is a timm name (pretrained), NAME=FILE, NAME=random, or the folder of a run (its student).
-The others are compared with the first one. Null controls stand beside them, which have learned
-nothing: what a measure finds in them too is no sign of learning. The numbers of each figure lie in
+The others are compared with the first one. Beside them stand controls that have learned nothing:
+what a measure finds in them too is no sign of learning. The numbers of each figure lie in
 a CSV beside it, and summary.md puts the published numbers beside ours.
 
 Layers count from 1, as in the papers; only --layers takes timm's indices, from 0.
@@ -58,7 +58,7 @@ class UserError(ValueError):
 
 
 def tokens_of(A):
-    """Feature map [B, C, h, w] -> tokens [B, N, C]. The maps of ViTs are not copied."""
+    """Feature map [B, C, h, w] -> tokens [B, N, C]. A view, not a copy, of a ViT's map."""
     return A.flatten(2).transpose(1, 2)
 
 
@@ -92,8 +92,8 @@ def magnitude(A):
 def energy_ranks(X, levels=LEVELS):
     """EM: for each image the smallest k whose k largest energies hold a share >= level.
 
-    Tokens [B, N, C], not centred -> int64 [B, len(levels)]. The energies are the squared singular
-    values of an image's tokens, found in float64 as the eigenvalues of the smaller Gram matrix.
+    The energies are the squared singular values of an image's tokens: the eigenvalues, computed in
+    float64, of the smaller Gram matrix. Tokens [B, N, C], not centred -> int64 [B, len(levels)].
     """
     X = at_least_float32(X)
     gram = X @ X.mT if X.shape[1] < X.shape[2] else X.mT @ X
@@ -127,7 +127,7 @@ def ranks_along(axes, X, levels=LEVELS):
 
 
 def _smallest_k(energies, levels):
-    cumulative = energies.cumsum(-1)  # [B, C]
+    cumulative = energies.cumsum(-1)  # [B, number of energies]
     shares = torch.tensor(levels, dtype=torch.float64, device=energies.device)
     index = torch.searchsorted(cumulative, shares * cumulative[:, -1:])
     return index.clamp_max(energies.shape[1] - 1) + 1
@@ -309,7 +309,7 @@ def newest_run():
     if settings["method"] == "none":
         return [run]
     if not is_run(teacher):
-        teacher = f"{settings['teacher']}={teacher}".removesuffix("=")  # pretrained
+        teacher = f"{settings['teacher']}={teacher}".removesuffix("=")  # without a file: timm's
     return [teacher, run]
 
 
@@ -348,7 +348,7 @@ def measure(subject, openers, args):
     lows, highs, moment = first_pass(subject, openers, args)
     axes = principal_axes(moment)
     generator = torch.Generator().manual_seed(args.seed)
-    permutation = torch.randperm(len(moment), generator=generator)
+    permutation = torch.randperm(len(moment), generator=generator)  # does SEP see their order?
     by_layer = {}  # {name: a number for each layer, the mean over images}
     svd = []
     pca = []
@@ -387,7 +387,8 @@ def measure(subject, openers, args):
 
 # ---------- Tables
 
-RANGES = {"global": "entropy", "layer": "entropy_layer"}  # --entropy-range, the name of its figure
+# For each --entropy-range the name of its values in `by_layer`, and of its figure.
+RANGES = {"global": "entropy", "layer": "entropy_layer"}
 # What has a value for each layer: the column of its CSV, the axis and the title of its figure.
 BY_LAYER = {
     "entropy": ("entropy_bits", "entropy (bits)", "Entropy by layer (DD Eq. 3-5):\n"
@@ -519,7 +520,7 @@ def relative_depth(subject):
 def closeness(subject, reference):
     """SK: Pearson's r of two intensity profiles over relative depth, and their mean |log2 ratio|.
 
-    Not finite where there is none: for flat profiles, layers of zeros, no two layers in common.
+    NaN or infinity for flat profiles, for layers of zeros, or without two layers in common.
     """
     theirs = np.array(reference.by_layer["intensity"])
     ours = np.interp(relative_depth(reference), relative_depth(subject),
@@ -629,7 +630,7 @@ def line_look(i):
 def short_labels(labels, width=50):
     """Labels for figures: without the leading folders that do not tell them apart, and wrapped."""
     short = labels
-    for folders in range(1, 99):
+    for folders in range(1, 99):  # the deepest cut that still tells all labels apart is kept
         cut = [re.sub(r"[^/\\=]*[/\\]", "", label, count=folders) for label in labels]
         if len({*cut}) == len(labels):
             short = cut

@@ -75,26 +75,34 @@ def _draw(table, pixels, labels):
         return np.stack([uniform(low, high) for _ in range(3)], axis=-1)
 
     def rotated(x, y, turn):
-        return x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        cos = np.cos(turn)
+        sin = np.sin(turn)
+        return x * cos + y * sin, y * cos - x * sin
 
     def paint(image, coverage, paint_colour):  # coverage: [n, 32, 32]
         return image + np.clip(coverage, 0, 1)[..., None] * (paint_colour - image)
 
     def litter(image):  # a small bar anywhere
-        x, y = rotated(xs - uniform(-16, 16), ys - uniform(-16, 16), uniform(0, np.pi))
+        x = xs - uniform(-16, 16)
+        y = ys - uniform(-16, 16)
+        x, y = rotated(x, y, uniform(0, np.pi))
         half_length = uniform(1.5, 8)
         half_width = uniform(1, 2)
         bar = np.minimum(half_length - abs(x), half_width - abs(y))
         return paint(image, bar, colour(0, 0.6))
 
     # Background: dark, with a slight gradient.
-    image = colour(0, 0.4) + colour(-0.15, 0.15) * ((xs + ys) / SIZE)[..., None]
+    slope = (xs + ys) / SIZE
+    image = colour(0, 0.4) + colour(-0.15, 0.15) * slope[..., None]
     image = litter(image)
 
     # Shape: a function that is positive inside, in units of the radius.
     radius = uniform(10, 13)
-    x, y = rotated(xs - uniform(-1, 1), ys - uniform(-1, 1), uniform(-0.35, 0.35))
-    u, v = x / radius, y / radius
+    x = xs - uniform(-1, 1)
+    y = ys - uniform(-1, 1)
+    x, y = rotated(x, y, uniform(-0.35, 0.35))
+    u = x / radius
+    v = y / radius
     rho = np.hypot(x, y) / radius
     phi = np.arctan2(y, x)
     normals = np.pi * np.array([1 / 6, 5 / 6, 9 / 6])  # of the triangle's sides
@@ -120,7 +128,8 @@ def _draw(table, pixels, labels):
     ])[texture, rows]  # of each image its own texture
     base = colour(0.5, 0.9)
     contrast = uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
-    image = paint(image, inside * radius + 0.5, base + (pattern[..., None] - 0.5) * contrast)
+    texture_colour = base + (pattern[..., None] - 0.5) * contrast
+    image = paint(image, inside * radius + 0.5, texture_colour)
 
     image = litter(image)  # something in front
     image = image + (pixels[:, 1, ..., None] - 0.5) * 0.12  # sensor noise
@@ -166,7 +175,7 @@ def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
     name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random),
     a folder that holds train/ and val/ with one folder per class, or a name that
     timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in data/. With `only_val` a folder
-    needs no train/ (train is val), and may hold the class folders, or the images themselves.
+    needs no train/ (train is val), and may hold the class folders itself.
     """
     if name == "shapes":
         train = Shapes(train_size, "train", label_noise)
@@ -179,13 +188,14 @@ def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
     if only_val:
         val = Folder(root / "val" if (root / "val").is_dir() else root)
         return Images(val, val, len(val.classes), val.classes)
-    train, val = Folder(root / "train"), Folder(root / "val")
+    train = Folder(root / "train")
+    val = Folder(root / "val")
     check_classes(train, val)
     return Images(train, val, len(val.classes), val.classes)
 
 
 class Folder(Dataset):
-    """A folder of images for each class: (PIL image, label). Images without class folders have no label."""
+    """A folder of images for each class: (PIL image, label)."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -197,8 +207,6 @@ class Folder(Dataset):
             if folder.is_dir() and is_visible(folder.name):
                 self.samples += [(path, len(self.classes)) for path in find_images(folder)]
                 self.classes.append(folder.name)
-        if not self.classes:
-            self.samples = [(path, NO_LABEL) for path in find_images(root)]
         if not self.samples:
             raise DataError(f"{root} holds no images. {KINDS_OF_DATA}")
 
@@ -213,7 +221,6 @@ class Folder(Dataset):
 KINDS_OF_DATA = (
     "Give shapes, torch/NAME, hfds/NAME, or a folder that holds train/ and val/ with one folder of "
     ".jpg, .png, ... per class")
-NO_LABEL = -100
 
 
 def check_classes(train, val):
@@ -406,7 +413,8 @@ class TensorLoader(Loader):
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
             draws = torch.rand(self.size, self.repeats, 3, generator=generator).to(self.device)
         for keys in batches:
-            index, repeat = torch.from_numpy(keys).to(self.device).unbind(1)
+            keys = torch.from_numpy(keys).to(self.device)
+            index, repeat = keys.unbind(1)
             images = self.images[index]
             if epoch is not None:
                 images = pad_crop_flip(images, draws[index, repeat])
@@ -418,7 +426,8 @@ def pad_crop_flip(images, draws, padding=4):
 
     Images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored.
     """
-    down, right = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
+    shifts = (draws[:, :2] * (2 * padding + 1)).long()
+    down, right = shifts.unbind(1)
     steps = torch.arange(images.shape[-1], device=images.device)
     ys = down[:, None] + steps  # [b, S]
     xs = right[:, None] + torch.where(draws[:, 2:] < 0.5, steps.flip(0), steps)

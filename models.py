@@ -187,7 +187,7 @@ def pair_layers(student, teacher, settings):
 
 
 def plain(name, teacher_width=None, **kwargs):
-    """Any timm model. (All variants are called alike, so that this one takes a width, too.)"""
+    """Any timm model. It needs no teacher_width, but all variants have one signature."""
     try:
         model = timm.create_model(name, **kwargs)
         if not model.feature_info:
@@ -209,10 +209,11 @@ def _check_vit(model):
 def lifted(name, teacher_width, **kwargs):
     """EM Lift: behind the last block, Linear(C_s -> C_t, no bias) and LayerNorm on its tokens.
 
-    The lifted map is the last layer's feature map. It stays at inference: the classifier reads the
-    mean over its patch tokens.
+    The lifted map is the last layer's feature map. The lift stays at inference: the classifier reads
+    the mean over the lifted patch tokens.
     """
-    with torch.random.fork_rng(devices=[]):  # to be looked at: others lack the arguments below
+    # A model to look at first, since others than ViTs lack the arguments below.
+    with torch.random.fork_rng(devices=[]):
         _check_vit(plain(name, **kwargs))
     model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     lift = _lift(model.embed_dim, teacher_width)
@@ -268,7 +269,7 @@ def build_model(
         weights=None, random_head=False, **timm_kwargs):
     """Build a timm model, or a student variant of it, with weights from the hub or from a file.
 
-    `teacher_width`: C_t, for the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file. One for
+    `teacher_width`: C_t, for the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file. A file for
     another number of classes is an error, unless `random_head` asks for a fresh classifier (DD
     Table 2). Raises ModelError.
     """
@@ -284,7 +285,7 @@ def build_model(
         return _from_file(build, name, weights, random_head, overlay, kwargs)
     if pretrained:
         if random_head:
-            overlay["num_classes"] = 0  # so timm takes the weights for those without a classifier
+            overlay["num_classes"] = 0  # weights without a classifier: timm leaves out theirs
         elif config.num_classes != num_classes:
             raise ModelError(wrong_classes(name, "pretrained", config.num_classes, num_classes))
         return _from_hub(build, name, overlay, kwargs)
@@ -371,7 +372,7 @@ def start_from(model, name, source, img_size, variant="plain"):
     for key, value in own.items():
         origin = key
         if variant == "lifted" and key not in state:
-            origin = key.replace(f"{last_block}0.", last_block)  # there the lift follows the block
+            origin = key.replace(f"{last_block}0.", last_block)  # blocks.11.0 for blocks.11
         found = state.get(origin)
         if found is not None and found.shape == value.shape and found.isfinite().all():
             fitting[key] = found
@@ -397,7 +398,7 @@ def _starting_weights(name, source, img_size, own):
     except ModelError:  # a student that was cut, grown, lifted or widened: as it is
         if "pos_embed" in state and "pos_embed" in own:
             count = own["pos_embed"].shape[1]
-            grid = math.isqrt(count)  # rounded down: without the class token, if there is one
+            grid = math.isqrt(count)  # isqrt(197) is 14: the rest, 1, is the class token
             state["pos_embed"] = resample_abs_pos_embed(
                 state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
         return state
@@ -470,13 +471,13 @@ def implied_settings(student, teacher_weights):
 
 
 def read_weights(path):
-    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ModelError for others.
+    """A checkpoint file -> {name: tensor}, without unpickling code. Raises ModelError for other files.
 
-    A relative path starts from the working folder, or from this file's, where the teacher lies.
+    A relative path is tried in the working folder, then in this repository (weights/).
     """
     file = Path(path) if Path(path).exists() else HERE / path
     try:
-        file.stat()  # timm would print a line of its own
+        file.stat()  # if the file is missing: timm would print a line of its own
         state = load_state_dict(file, use_ema=False, weights_only=True)
     except Exception as error:  # cut short, foreign, or a pickle that could hold code
         advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
@@ -520,7 +521,7 @@ def choose_device(name=None):
     available = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
-        "cpu": processes}  # any number
+        "cpu": processes}  # as many as are wanted
     if not name:
         name = "cpu"
         if available["cuda"]:
@@ -565,6 +566,7 @@ _toy_config = dict(
     num_classes=20, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0,
     mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic",
     first_conv="patch_embed.proj", classifier="head")
+# timm's register_model looks this name up.
 default_cfgs = generate_default_cfgs({
     "cait_toy_patch8_32": _toy_config,
     "deit_toy_patch8_32": _toy_config})

@@ -11,7 +11,8 @@ Add --help to a command: it shows the flags of its --method and the defaults of 
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads would busy-wait on cores that others need
+# Threads that wait for work would otherwise keep cores busy that other threads need.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import contextlib
@@ -49,7 +50,9 @@ class UserError(ValueError):
     """What a user can mend: main prints it as one line."""
 
 
-# ---------- Settings, each a flag. Later wins: row, recipe, method, resumed run, command line
+# ---------- Settings. Each is a flag. Its value comes from the last of these that gives one: its row
+# below, the recipe, the method, the student's name or the teacher's run (the size of the images), the
+# resumed run, the command line
 
 RECIPES = {
     "imagenet": {},  # DD C.3: DeiT's recipe without mixup and cutmix, the defaults of the rows below
@@ -75,13 +78,14 @@ RECIPES = {
         snapshot_every=3),
 }
 
-# Where they have an effect (`check` decides): name, default, help, choices. Losses.py has a method's.
+# Rows of name, default, help, choices. `check` says when a group has an effect. The flags of a
+# method stand in losses.py.
 SETTINGS = {"everywhere": [
     ("recipe", "", "table of defaults: by default toy for shapes, else imagenet", RECIPES),
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
     ("skip_bad_images", False, "replace an image that cannot be read by the next"),
-    ("img_size", 224, "px; by default the student's own, or that of the teacher's run"),
+    ("img_size", 0, "px; by default the student's own, or that of the teacher's run"),
     ("repeats", 3, "of each image in a batch (repeated augmentation)"),
 
     ("student", "deit_tiny_patch16_224", "timm model"),
@@ -92,7 +96,7 @@ SETTINGS = {"everywhere": [
     ("epochs", 300, "of training"),
     ("batch_size", 2048, "images of an update, over all processes"),
     ("accum", 1, "parts of a batch, one after the other (gradient accumulation)"),
-    ("lr", 2e-3, "highest rate; a typed --batch-size scales it, in finetune by the square root"),
+    ("lr", 2e-3, "highest rate; scaled with a --batch-size that you give (finetune: by its root)"),
     ("min_lr", 1e-5, "at the end"),
     ("warmup_lr", 1e-6, "at the start"),
     ("warmup_epochs", 5.0, "linear, at most a fifth of the training"),
@@ -118,10 +122,10 @@ SETTINGS = {"everywhere": [
     ("workers", data.default_workers(), "processes that read images"),
 ], "teacher": [
     ("teacher_weights", "", "a file, a run's folder or random; else timm's pretrained"),
-    ("teacher_head", "pretrained", "random: a new classifier, for other classes", ("pretrained", "random")),
     ("teacher_maps", "trained", "random: of a teacher that was never trained", ("trained", "random")),
 ], "teacher model": [
     ("teacher", "cait_s24_224", "timm model"),
+    ("teacher_head", "pretrained", "random: a new one, for other classes", ("pretrained", "random")),
     ("teacher_kwargs", {}, "for timm"),
 ], "layers": [
     ("first", 0, "align the first X layers; by default as the method wants"),
@@ -170,9 +174,9 @@ def learn(run, part, images, labels, taught):
     last = part == accum - 1
     torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, part))  # for drop-path
     run.ddp.require_backward_grad_sync = last
-    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for schedules
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for methods of your own
     with run.autocast:
-        _, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
+        logits, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
     loss = sum(terms.values()) / accum
     loss.backward()
     for name, value in terms.items():
@@ -267,7 +271,10 @@ def signals_remembered(run):
 
 
 def stop_after_signal(runs):
-    """Save and exit if any process has received a signal: all stop after the same update."""
+    """Save and exit if any process has received a signal: all stop after the same update.
+
+    There is one run here, and several in results/side_by_side.py.
+    """
     received = torch.tensor(runs[0].signal)
     if WORLD > 1:
         dist.all_reduce(received, dist.ReduceOp.MAX)
@@ -287,7 +294,7 @@ def build(args, classes):
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
-        # Without a need for it only its width counts. A dry run downloads nothing.
+        # A method without a teacher needs its width alone. A dry run downloads nothing.
         untrained = not method.needs_teacher or args.dry_run and not args.teacher_weights
         teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
@@ -307,6 +314,7 @@ def build(args, classes):
     if not method.needs_teacher:
         return None, losses.Distiller(hooked_s, method(**options))
 
+    # The loaders normalise the images for the student.
     if args.teacher_maps == "random":
         twin = models.build_teacher(args, classes, untrained=True)
         hooked_t = models.UntrainedMaps(teacher, twin, layers_t, models.statistics(student))
@@ -368,7 +376,7 @@ def describe(args, dataset, teacher, distiller):
     images = torch.randn(2, 3, args.img_size, args.img_size)
     taught = teacher(images) if teacher else None
     distiller(images, torch.tensor([0, 1]), taught)
-    status, commit = subprocess.getstatusoutput(
+    failed, commit = subprocess.getstatusoutput(
         f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
     return {
         "settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
@@ -382,7 +390,7 @@ def describe(args, dataset, teacher, distiller):
         "images": dataset.counts(),
         "class_names": dataset.names,
         "teacher_digest": models.digest(teacher) if teacher else "",
-        "commit": None if status else commit,
+        "commit": None if failed else commit,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -413,7 +421,7 @@ def claimed(out):
 
 
 def holds_run(out):
-    """Whether there is a run in a folder that has got as far as a checkpoint."""
+    """Whether a folder holds a run with a checkpoint. (models.is_run: with a config.json.)"""
     return any((Path(out) / name).exists() for name in ("last.pt", "log.jsonl"))
 
 
@@ -431,14 +439,16 @@ def write_torch(path, state):
 
 
 def write_weights(path, model):
-    weights = {}
-    for key, value in model.state_dict().items():
-        weights[key] = value.clone(memory_format=torch.contiguous_format)  # none may share memory
+    # Cloned: safetensors refuses tensors that share memory.
+    weights = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
     write(path, safetensors.torch.save(weights))
 
 
 def save(run, sums):
-    """The first process writes last.pt, the others wait. No random state: updates seed themselves."""
+    """The first process writes last.pt, the others wait. `sums`: the means over the processes.
+
+    There is no random state to save, because each update seeds itself.
+    """
     if RANK == 0:
         write_torch(run.out / "last.pt", {
             "distiller": run.distiller.state_dict(),
@@ -538,6 +548,7 @@ def parse(argv):
         parser.set_defaults(first=method.first, last=method.last)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    # Now student and teacher are known, from which the size of the images follows.
     implied = models.implied_settings(args.student, args.teacher_weights)
     parser.set_defaults(**{**implied, **saved})
     return parser.parse_args(argv), typed, config
@@ -569,7 +580,6 @@ def check(args, typed, config, dataset):
     method = METHODS[args.method]
     from_run = models.is_run(args.teacher_weights)
     has_effect = {
-        "everywhere": True,
         "shapes": args.data == "shapes",
         "from 64 px": args.img_size >= 64,
         "teacher": method.needs_teacher,
@@ -577,8 +587,9 @@ def check(args, typed, config, dataset):
         "layers": method.first or method.last}
     for group, effect in has_effect.items():
         idle = typed & {flag(name) for name, *_ in SETTINGS[group]}
-        refuse(idle and not effect, f"no effect here has {', '.join(idle)}: leave it out")
-    refuse(args.eval and typed - OF_EVAL, f"no effect on --eval has {', '.join(typed - OF_EVAL)}")
+        refuse(idle and not effect, f"no effect here has {', '.join(sorted(idle))}: leave it out")
+    idle = ", ".join(sorted(typed - OF_EVAL))
+    refuse(args.eval and idle, f"no effect on --eval has {idle}: leave it out")
     refuse(args.student_layers and typed & {"--first", "--last"}, "give --first, --last or layers")
     for name, value in vars(args).items():
         if type(value) in (int, float):
@@ -587,7 +598,7 @@ def check(args, typed, config, dataset):
             refuse(not within, f"{flag(name)} {value} is out of range")
     classes = [dataset.classes, dataset.names]
     for folder in (args.out if config else "", args.teacher_weights):
-        if models.is_run(folder) and dataset.classes:  # photos to --eval may have none
+        if models.is_run(folder):
             known = models.read_config(folder)
             refuse([known["images"]["classes"], known["class_names"]] != classes,
                    f"{folder} and {args.data} differ in their classes or the order of them")
@@ -617,7 +628,7 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    lines = str(message).splitlines()  # a data worker's error is a traceback and, last, its message
+    lines = (str(message) or repr(message)).splitlines()  # a data worker's error is a traceback and, last, its message
     print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -660,9 +671,7 @@ def run_program(argv):
                     show_teacher(run, dataset.classes)
                 train(run)
             run.train_loader = run.val_loader = None  # ends the workers, which would take 5 s each
-            line = run.log[-1]
-            say(f"done: {run.out}: top-1 {line['top1']:.2f} %, EMA {line['ema_top1']:.2f} %; "
-                f"curves and layers: python analyze.py --models {run.out}")
+            say(f"done: {run.out}; curves and layers: python analyze.py --models {run.out}")
 
 
 def prepare(args, device, dataset, config):
@@ -692,7 +701,7 @@ def show_teacher(run, classes):
     top1, top5, _ = evaluate([run.teacher], run.val_loader, run.autocast)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     chance = 100 / classes
-    learns_logits = getattr(run.args, "alpha", 1) > 0
+    learns_logits = getattr(run.args, "alpha", 1) > 0  # as does a method without alpha
     if learns_logits and top1 < chance + (100 - chance) / 10:
         say(f"warning: the teacher is near chance ({chance:.2f} %) and the student learns its "
             f"logits: is it untrained, or are its classes in another order?")
@@ -700,7 +709,6 @@ def show_teacher(run, classes):
 
 def show_accuracy(args, device, dataset):
     """--eval: the accuracy of all that a run has saved."""
-    refuse(not dataset.classes, f"{args.data} has no folders of classes to judge by")
     files = ["student.safetensors", "student_ema.safetensors", "best.pt"]
     students = []
     for file in files:

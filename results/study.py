@@ -198,7 +198,7 @@ def gains_of(runs, others):
 
 
 def around(gains, epoch):
-    """Means over the nine epochs around this one, or over those of them that there are: [seeds]."""
+    """Means over the nine epochs around one, or those of them that there are: [seeds]."""
     return np.nanmean(gains[:, max(epoch - 5, 0):epoch + 4], axis=1)
 
 
@@ -225,15 +225,10 @@ def unpaired(ends, others):
 
 def print_table(names, others):
     """A row a run. With others, also its difference to them, with standard error and numbers of
-    seeds: unpaired; paired by seed at the last epoch, over the last ten, around some epochs."""
+    seeds: unpaired; paired by seed, at the last epoch and over the last ten."""
     head = ["run", "n", "top-1 of each seed", "mean +- standard deviation"]
-    marks = []
     if others:
         head += [f"less {others[0].name}, unpaired", "paired by seed", "paired, last ten epochs"]
-        for epoch in (5, 10, 20, 30, 60, 90, 150, 200):
-            if epoch <= others[0].epochs:
-                marks.append(epoch)
-                head.append(f"epoch {epoch}")
     print(f"| {' | '.join(head)} |")
     print("|---" * len(head) + "|")
     for name, runs in names.items():
@@ -246,8 +241,6 @@ def print_table(names, others):
         if len(gains):
             row.append(paired(gains[:, -1]))
             row.append(paired(np.nanmean(gains[:, -10:], axis=1)))
-            for epoch in marks:
-                row.append(f"{around(gains, epoch).mean():+.2f}")
         print(f"| {' | '.join(row)} |")
 
 

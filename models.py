@@ -157,7 +157,9 @@ def check_maps(hooked, img_size):
         torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
         return maps
     except Exception as error:
-        message = f"the feature maps of {name} cannot be read by hooks on its layers {hooked.layers}"
+        message = (
+            f"the feature maps of {name} at {img_size} px cannot be read by hooks on its layers "
+            f"{hooked.layers}")
         raise ModelError(message) from error
 
 
@@ -197,8 +199,10 @@ def plain(name, teacher_width=None, **kwargs):
         raise ModelError(f"cannot build {name}: {one_line(error)}") from error
 
 
-def _check_vit(model):
+def check_variant(name, **kwargs):
     """Refuse what the two variants below cannot be made from."""
+    with torch.random.fork_rng(devices=[]):
+        model = plain(name, **kwargs)
     usual = isinstance(model, VisionTransformer) and hasattr(model.blocks[-1], "attn")
     if not usual or hasattr(model, "head_dist") or model.attn_pool or model.pool_include_prefix:
         raise ModelError(
@@ -212,9 +216,6 @@ def lifted(name, teacher_width, **kwargs):
     The lifted map is the last layer's feature map. The lift stays at inference: the classifier reads
     the mean over the lifted patch tokens.
     """
-    # A model to look at first, since others than ViTs lack the arguments below.
-    with torch.random.fork_rng(devices=[]):
-        _check_vit(plain(name, **kwargs))
     model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     lift = _lift(model.embed_dim, teacher_width)
     model.blocks[-1] = nn.Sequential(model.blocks[-1], *lift)
@@ -229,7 +230,6 @@ def widened(name, teacher_width, **kwargs):
     are as wide as the block.
     """
     model = plain(name, **kwargs)
-    _check_vit(model)
     head_width = model.embed_dim // model.blocks[-1].attn.num_heads
     if teacher_width % head_width:
         raise ModelError(
@@ -280,6 +280,8 @@ def build_model(
         if config.fixed_input_size:  # as ViTs have; CNNs have no such argument
             timm_kwargs["img_size"] = img_size
     build = VARIANTS[variant]
+    if build is not plain:
+        check_variant(name, **timm_kwargs)
     kwargs = dict(teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
     if weights:
         return _from_file(build, name, weights, random_head, overlay, kwargs)
@@ -482,6 +484,9 @@ def read_weights(path):
     except Exception as error:  # cut short, foreign, or a pickle that could hold code
         advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
         raise ModelError(f"cannot read {path} as weights{advice}: {one_line(error)}") from error
+    inner = [value for value in state.values() if isinstance(value, dict)]
+    if len(inner) == 1:
+        state = inner[0]
     if not all(map(torch.is_tensor, state.values())):
         raise ModelError(f"{path} holds {', '.join(map(str, state))}: save the state_dict alone")
     return state

@@ -151,7 +151,7 @@ def train(run):
         quiet = RANK > 0 or None  # None: silent where there is no terminal
         for i in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
             update(run, stream)
-            stop_after_signal([run])
+            stop_after_signal(run.signal, [run])
             if i % 50 == 49:
                 mean_sums(run)  # for its check: a NaN loss stops the run
         end_epoch(run, steps - start, time.perf_counter() - began)
@@ -270,12 +270,12 @@ def signals_remembered(run):
             signal.signal(number, handler)
 
 
-def stop_after_signal(runs):
-    """Save and exit if any process has received a signal: all stop after the same update.
+def stop_after_signal(number, runs):
+    """Save and exit if this or another process has received a signal: all stop after the same update.
 
     There is one run here, and several in results/side_by_side.py.
     """
-    received = torch.tensor(runs[0].signal)
+    received = torch.tensor(number)
     if WORLD > 1:
         dist.all_reduce(received, dist.ReduceOp.MAX)
     if received:
@@ -291,6 +291,8 @@ def stop_after_signal(runs):
 def build(args, classes):
     """-> the teacher (or None) and the Distiller."""
     method = METHODS[args.method]
+    if args.variant != "plain":
+        models.check_variant(args.student, **args.student_kwargs)
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
@@ -591,7 +593,8 @@ def check(args, typed, config, dataset):
     idle = ", ".join(sorted(typed - OF_EVAL))
     refuse(args.eval and idle, f"no effect on --eval has {idle}: leave it out")
     refuse(args.student_layers and typed & {"--first", "--last"}, "give --first, --last or layers")
-    for name, value in vars(args).items():
+    for name, *_ in sum(SETTINGS.values(), []):
+        value = getattr(args, name)
         if type(value) in (int, float):
             most = 1 if name in SHARES else 2**31
             within = 0 <= value <= most and (value or name not in ABOVE_0)
@@ -677,6 +680,9 @@ def run_program(argv):
 def prepare(args, device, dataset, config):
     """-> the Run, ready to train."""
     teacher, distiller = build(args, dataset.classes)
+    batchnorm = any(hasattr(module, "running_mean") for module in distiller.modules())
+    refuse(batchnorm and args.batch_size == WORLD * args.accum,
+           f"{args.student} has BatchNorm, which needs two images a process: raise --batch-size")
     record = describe(args, dataset, teacher, distiller)
     run = Run(args, device, dataset, teacher, distiller)
     if config:

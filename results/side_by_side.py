@@ -31,13 +31,29 @@ MUST_BE_COMMON = (
 def main():
     common, *parts = split_at_dashes(sys.argv[1:])
     try:
+        settled = [train_kd.settle([*common, *part]) for part in parts]
+        check_common([args for args, *_ in settled])
         with contextlib.ExitStack() as stack:
-            runs = [open_run([*common, *part], stack) for part in parts]
+            runs = []
+            for part, (args, device, dataset, config) in zip(parts, settled):
+                stack.enter_context(train_kd.claimed(args.out))
+                # The command on record trains this student alone.
+                sys.argv = ["train_kd.py", *common, *part]
+                runs.append(train_kd.prepare(args, device, dataset, config))
             teacher = share(runs)
             stack.enter_context(train_kd.signals_remembered(runs[0]))
             train(runs, teacher)
     except (ValueError, OSError) as error:
         train_kd.fail(error)
+
+
+def check_common(settings):
+    first = settings[0]
+    for args in settings:
+        train_kd.refuse(args.eval or args.dry_run, "side by side there is no --eval, no --dry-run")
+        for name in MUST_BE_COMMON:
+            mine, theirs = getattr(args, name), getattr(first, name)
+            train_kd.refuse(mine != theirs, f"{train_kd.flag(name)} must be common: {mine}, {theirs}")
 
 
 def split_at_dashes(words):
@@ -50,22 +66,11 @@ def split_at_dashes(words):
     return parts
 
 
-def open_run(argv, stack):
-    args, device, dataset, config = train_kd.settle(argv)
-    train_kd.refuse(args.eval or args.dry_run, "side by side there is neither --eval nor --dry-run")
-    stack.enter_context(train_kd.claimed(args.out))
-    sys.argv = ["train_kd.py", *argv]  # the command on record trains this student alone
-    return train_kd.prepare(args, device, dataset, config)
-
-
 def share(runs):
     """Give all runs the loaders of the first -> one teacher, which keeps the layers of all."""
     first = runs[0]
     teacher = None
     for run in runs:
-        for name in MUST_BE_COMMON:
-            mine, theirs = getattr(run.args, name), getattr(first.args, name)
-            train_kd.refuse(mine != theirs, f"{train_kd.flag(name)} must be common: {mine}, {theirs}")
         train_kd.refuse(
             models.statistics(run.student.model) != models.statistics(first.student.model),
             f"{run.args.student} and {first.args.student} want images normalised differently")
@@ -86,7 +91,8 @@ def share(runs):
 
 def train(runs, teacher):
     """As train_kd.train. A run whose loss is NaN ends, and the others go on."""
-    args, steps, loader = runs[0].args, runs[0].steps, runs[0].train_loader
+    first = runs[0]
+    args, steps, loader = first.args, first.steps, first.train_loader
     for epoch in range(min(len(run.log) for run in runs), args.epochs):
         began = time.perf_counter()
         start = max(0, min(run.step for run in runs) - epoch * steps)
@@ -95,11 +101,11 @@ def train(runs, teacher):
             repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
         stream = loader.load(batches, epoch)
         for step in range(epoch * steps + start, (epoch + 1) * steps):
-            active = [run for run in runs if run.step == step]
+            active = [run for run in runs if run.step == step]  # without those that are ahead
             for part in range(args.accum):
                 images, labels = next(stream)
-                learn_all(active, part, images, labels, teacher)
-            train_kd.stop_after_signal(active)
+                learn_all(active, part, images, labels, teacher, first.autocast)
+            train_kd.stop_after_signal(first.signal, active)
             if step % 50 == 49:
                 runs = [run for run in runs if is_sound(run)]
         seconds = time.perf_counter() - began
@@ -109,9 +115,9 @@ def train(runs, teacher):
                 train_kd.end_epoch(run, steps - start, seconds / len(runs))
 
 
-def learn_all(runs, part, images, labels, teacher):
+def learn_all(runs, part, images, labels, teacher, autocast):
     if teacher:
-        with torch.no_grad(), runs[0].autocast:
+        with torch.no_grad(), autocast:
             logits, maps = teacher(images)
         maps = dict(zip(teacher.layers, maps))
     for run in runs:

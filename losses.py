@@ -8,6 +8,9 @@ its projector at its first use, after the optimizer and outside DDP, and so neve
 A new method is one class with a `@method("name")` line. Its class attributes say what it wants by
 default. Its constructor's arguments are its command-line flags: name, type and default come from the
 signature, the help from the line "name: ..." of the docstring. The dictionary that it returns is logged.
+
+A batch is one process's share of the global batch. A method that relates the images of a batch to each
+other has to gather them first, or it computes something else on two processes than on one.
 """
 import inspect
 import math

@@ -593,9 +593,8 @@ def check(args, typed, config, dataset):
     idle = ", ".join(sorted(typed - OF_EVAL))
     refuse(args.eval and idle, f"no effect on --eval has {idle}: leave it out")
     refuse(args.student_layers and typed & {"--first", "--last"}, "give --first, --last or layers")
-    for name, *_ in sum(SETTINGS.values(), []):
-        value = getattr(args, name)
-        if type(value) in (int, float):
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name not in method.options():  # those check themselves
             most = 1 if name in SHARES else 2**31
             within = 0 <= value <= most and (value or name not in ABOVE_0)
             refuse(not within, f"{flag(name)} {value} is out of range")
@@ -603,7 +602,7 @@ def check(args, typed, config, dataset):
     for folder in (args.out if config else "", args.teacher_weights):
         if models.is_run(folder):
             known = models.read_config(folder)
-            refuse([known["images"]["classes"], known["class_names"]] != classes,
+            refuse([known["images"]["classes"], known.get("class_names")] != classes,
                    f"{folder} and {args.data} differ in their classes or the order of them")
     if args.eval:
         return

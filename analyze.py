@@ -5,7 +5,8 @@
     python analyze.py --models deit_tiny_patch16_224=weights.safetensors --data DIR
     python analyze.py --evolution runs/soft             # DD Fig. 4: entropy over the training
 
-A model is a timm name (pretrained), NAME=FILE, NAME=random, or the folder of a run (its student).
+A model is a timm name (pretrained), NAME=FILE, NAME=random, the folder of a run (its student), or
+RUN=teacher (its teacher).
 The others are compared with the first one. Beside them stand controls that have learned nothing:
 what a measure finds in them too is no sign of learning. The numbers of each figure lie in
 a CSV beside it, and summary.md puts the published numbers beside ours.
@@ -42,8 +43,8 @@ from tqdm import tqdm
 import data
 from losses import LossError, at_least_float32
 from models import (
-    HookedModel, ModelError, build_model, check_maps, choose_device, is_run, load_student,
-    pretrained_config, read_config, stages)
+    HookedModel, ModelError, build_model, build_teacher, check_maps, choose_device, is_run,
+    load_student, pretrained_config, read_config, stages)
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)  # shares of energy (EM, ranks)
 BANDS = (50, 60, 70, 80, 90)  # % of energy (EM, SEP)
@@ -279,12 +280,23 @@ def open_model(text, args, device, file="student.safetensors"):
     name, _, source = text.partition("=")
     kind = "untrained" if source == "random" else "model"
     build = partial(build_timm, name, source, args)
-    if is_run(text):
-        settings = read_config(text)["settings"]
-        name = f"{settings['variant']} {settings['student']}".removeprefix("plain ")
-        kind = "student"
-        build = partial(load_student, text, file)
+    if is_run(name):
+        config = read_config(name)
+        settings = config["settings"]
+        if source == "teacher":
+            kind = "untrained" if settings["teacher_weights"] == "random" else "model"
+            build = partial(build_its_teacher, config)
+            name = settings["teacher"]
+        else:
+            kind = "student"
+            build = partial(load_student, name, file)
+            name = f"{settings['variant']} {settings['student']}".removeprefix("plain ")
     return Subject(text, kind, name, build, args, device)
+
+
+def build_its_teacher(config, trained):
+    settings = argparse.Namespace(**config["settings"])
+    return build_teacher(settings, config["images"]["classes"], untrained=not trained)
 
 
 def build_timm(name, source, args, trained):
@@ -304,13 +316,9 @@ def newest_run():
     if not files:
         raise UserError("nothing to analyse: give --models or --evolution, or train first")
     run = str(files[-1].parent)
-    settings = read_config(run)["settings"]
-    teacher = settings["teacher_weights"]
-    if settings["method"] == "none":
+    if read_config(run)["settings"]["method"] == "none":
         return [run]
-    if not is_run(teacher):
-        teacher = f"{settings['teacher']}={teacher}".removesuffix("=")  # without a file: timm's
-    return [teacher, run]
+    return [f"{run}=teacher", run]
 
 
 # ---------- Streaming over the images
@@ -831,7 +839,7 @@ def make_parser():
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--models", nargs="+", help="NAME, NAME=FILE, NAME=random, or a run's folder")
+    what.add_argument("--models", nargs="+", help="NAME, NAME=FILE, NAME=random, RUN or RUN=teacher")
     what.add_argument("--evolution", nargs="+", help="folders of runs with snapshots")
     add("--data",
         help="folder of images, shapes, torch/NAME, hfds/NAME (default: a run's own, or shapes)")

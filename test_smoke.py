@@ -1259,7 +1259,7 @@ def test_analyse_the_newest_run(tmp_path, monkeypatch, capsys):
         check=True,
     )
     said = done.stdout.decode("ascii")
-    labels = [EMBEDDED, run, "untrained cait_toy_patch8_32", "white noise", "rank 1"]
+    labels = [f"{run}=teacher", run, "untrained cait_toy_patch8_32", "white noise", "rank 1"]
     assert f"on shapes: {', '.join(labels)}" in said
     assert analyze.make_parser().format_help().isascii()
     assert column("out/entropy.csv", "model") == [(label,) for label in labels]
@@ -1290,15 +1290,16 @@ def test_open_subjects_of_a_run(tmp_path, monkeypatch):
     """Its teacher may be random or a run; its untrained twin is built as it was."""
     monkeypatch.chdir(tmp_path)
     lifted = str(make_run(Path("lifted"), variant="lifted"))
-    teachers = {
-        "random": "cait_toy_patch8_32=random",
-        "": "cait_toy_patch8_32",
-        lifted: lifted,
-    }
-    for number, (weights, teacher) in enumerate(teachers.items()):
-        run = make_run(Path(f"runs/{number}"), teacher_weights=weights)
+    teachers = {"random": "untrained", str(TEACHER): "model", lifted: "model"}
+    for number, (weights, kind) in enumerate(teachers.items()):
+        kwargs = {"depth": 3} if weights == "random" else {}
+        run = make_run(
+            Path(f"runs/{number}"), teacher_weights=weights, teacher_kwargs=kwargs)
         os.utime(run / "student.safetensors", (number, number))
-        assert analyze.newest_run() == [teacher, str(run)]
+        assert analyze.newest_run() == [f"{run}=teacher", str(run)]
+        teacher, student, *_ = subjects_of(f"{run}=teacher", str(run))
+        assert (teacher.kind, student.kind) == (kind, "student")
+        assert teacher.depth == {"random": 3, lifted: 2}.get(weights, 12)
     subjects = subjects_of(lifted, EMBEDDED)
     labels = [
         lifted,

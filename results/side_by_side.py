@@ -32,7 +32,7 @@ def main():
     common, *parts = split_at_dashes(sys.argv[1:])
     try:
         settled = [train_kd.settle([*common, *part]) for part in parts]
-        check_common([args for args, *_ in settled])
+        check_common(settled)
         with contextlib.ExitStack() as stack:
             runs = []
             for part, (args, device, dataset, config) in zip(parts, settled):
@@ -47,9 +47,9 @@ def main():
         train_kd.fail(error)
 
 
-def check_common(settings):
-    first = settings[0]
-    for args in settings:
+def check_common(settled):
+    first, *_ = settled[0]
+    for args, *_ in settled:
         train_kd.refuse(args.eval or args.dry_run, "side by side there is no --eval, no --dry-run")
         for name in MUST_BE_COMMON:
             mine, theirs = getattr(args, name), getattr(first, name)
@@ -107,9 +107,9 @@ def train(runs, teacher):
                 learn_all(active, part, images, labels, teacher, first.autocast)
             train_kd.stop_after_signal(first.signal, active)
             if step % 50 == 49:
-                runs = [run for run in runs if is_sound(run)]
+                runs = sound_runs(runs)
         seconds = time.perf_counter() - began
-        runs = [run for run in runs if is_sound(run)]
+        runs = sound_runs(runs)
         for run in runs:
             if len(run.log) == epoch:
                 train_kd.end_epoch(run, steps - start, seconds / len(runs))
@@ -128,14 +128,18 @@ def learn_all(runs, part, images, labels, teacher, autocast):
         train_kd.learn(run, part, images, labels, taught)
 
 
-def is_sound(run):
-    try:
-        if run.sums:
-            train_kd.mean_sums(run)
-        return True
-    except UserError as error:
-        train_kd.say(f"warning: ended, while the others go on: {error}")
-        return False
+def sound_runs(runs):
+    """Those whose loss is finite."""
+    sound = []
+    for run in runs:
+        try:
+            if run.sums:
+                train_kd.mean_sums(run)
+            sound.append(run)
+        except UserError as error:
+            train_kd.say(f"warning: ended, while the others go on: {error}")
+    train_kd.refuse(not sound, "the loss of no student is finite")
+    return sound
 
 
 if __name__ == "__main__":

@@ -1495,7 +1495,6 @@ def test_profiles_are_compared_by_relative_depth(tmp_path):
         assert (r, distance) == pytest.approx((1, 0))
     assert not np.isfinite(analyze.closeness(subject(5, [1], [1.0]), short)).any()
 
-    figure = {}
     for s in (short, half):
         s.short_label = str(s.depth)
         s.look = {}

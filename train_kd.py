@@ -195,6 +195,9 @@ def end_epoch(run, updates, seconds):
     save(run, sums)  # if evaluation is killed, --resume repeats only that
     began = time.perf_counter()
     judged = [run.student, run.ema.module]
+    if WORLD > 1:
+        for model in judged:
+            distribute_bn(model, WORLD, reduce=True)  # BatchNorm's statistics are each process's own
     student, ema = evaluate(judged, run.val_loader, run.autocast)
     terms = {name: value.item() / run.steps for name, value in sums.items()}
     run.log.append({
@@ -234,8 +237,6 @@ def evaluate(judged, loader, autocast):
     """[top-1 %, top-5 %, cross-entropy] of each model. The processes share the images."""
     totals = torch.zeros(len(judged), 3, device=loader.device)
     for model in judged:
-        if WORLD > 1:
-            distribute_bn(model, WORLD, reduce=True)  # BatchNorm's statistics are each process's own
         model.eval()
     batches = data.evaluation_batches(
         loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
@@ -320,6 +321,8 @@ def build(args, classes):
     if args.teacher_maps == "random":
         twin = models.build_teacher(args, classes, untrained=True)
         hooked_t = models.UntrainedMaps(teacher, twin, layers_t, models.statistics(student))
+        models.check_maps(hooked_t.of_logits, args.img_size)
+        models.check_maps(hooked_t.of_maps, args.img_size)
     else:
         hooked_t = models.HookedModel(teacher, layers_t, **models.statistics(student))
         models.check_maps(hooked_t, args.img_size)

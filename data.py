@@ -24,6 +24,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 
 class DataError(ValueError):
@@ -264,6 +265,19 @@ def load_image(path):
             return to_rgb(image)
     except UNREADABLE as error:
         raise BadImage(f"cannot read image {path} ({error})") from None
+
+
+def find_bad_images(dataset):
+    """Read a folder of photos -> what is wrong with each bad one. (Millions would take hours.)"""
+    bad = []
+    for split in (dataset.train, dataset.val):
+        if isinstance(split, Folder) and len(split) < 50_000:
+            for path, _ in tqdm(split.samples, f"reading {split.root}", disable=None):
+                try:
+                    load_image(path)
+                except BadImage as error:
+                    bad.append(str(error))
+    return bad
 
 
 def to_rgb(image):

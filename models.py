@@ -5,7 +5,6 @@ a stage of a Swin or ResNet. Its feature map is the raw output, before the final
 or register tokens.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import logging
@@ -376,7 +375,7 @@ def start_from(model, name, source, img_size, variant="plain"):
         if variant == "lifted" and key not in state:
             origin = key.replace(f"{last_block}0.", last_block)  # blocks.11.0 for blocks.11
         found = state.get(origin)
-        if found is not None and found.shape == value.shape and found.isfinite().all():
+        if found is not None and found.shape == value.shape:
             fitting[key] = found
     counts = f"{len(fitting)} of {len(own)} tensors"
     if len(fitting) < min(len(own), len(state)) / 2:
@@ -484,9 +483,6 @@ def read_weights(path):
     except Exception as error:  # cut short, foreign, or a pickle that could hold code
         advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
         raise ModelError(f"cannot read {path} as weights{advice}: {one_line(error)}") from error
-    inner = [value for value in state.values() if isinstance(value, dict)]
-    if len(inner) == 1:
-        state = inner[0]
     if not all(map(torch.is_tensor, state.values())):
         raise ModelError(f"{path} holds {', '.join(map(str, state))}: save the state_dict alone")
     return state
@@ -544,25 +540,8 @@ def choose_device(name=None):
 
 
 def has_bfloat16(device):
-    """Whether a device computes in bfloat16 itself (T4 and V100 only emulate it)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = cpu_info("flags").split()
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
-
-
-def device_name(device):
-    return torch.cuda.get_device_name() if device.type == "cuda" else cpu_info("model name")
-
-
-def cpu_info(key):
-    """A line of Linux's /proc/cpuinfo, or "" elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return ""
+    """Whether a device is a GPU that computes in bfloat16 itself (T4 and V100 only emulate it)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # ---------- The toy pair: 12 layers each, 4 x 4 patches of 8 px; the teacher is twice as wide

@@ -98,14 +98,13 @@ SETTINGS = {"everywhere": [
     ("accum", 1, "parts of a batch, one after the other (gradient accumulation)"),
     ("lr", 2e-3, "highest rate; scaled with a --batch-size that you give (finetune: by its root)"),
     ("min_lr", 1e-5, "at the end"),
-    ("warmup_lr", 1e-6, "at the start"),
-    ("warmup_epochs", 5.0, "linear, at most a fifth of the training"),
+    ("warmup_epochs", 5.0, "linear, from 1e-6; at most a fifth of the training"),
     ("weight_decay", 0.05, "of AdamW"),
     ("ema_decay", 0.99996, "of the average of the student's weights (EMA)"),
     ("seed", 0, "of all that a run draws"),
 
     ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
-    ("amp", "auto", "bfloat16; auto: where the device computes in it", ("auto", "on", "off")),
+    ("amp", "auto", "bfloat16; auto: on GPUs made for it", ("auto", "on", "off")),
     ("compile", False, "torch.compile both models"),
     ("out", "", "folder of the run; by default runs/METHOD"),
     ("snapshot_every", 30, "epochs between epoch_NNNN.pt"),
@@ -292,8 +291,6 @@ def stop_after_signal(number, runs):
 def build(args, classes):
     """-> the teacher (or None) and the Distiller."""
     method = METHODS[args.method]
-    if args.variant != "plain":
-        models.check_variant(args.student, **args.student_kwargs)
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
@@ -304,7 +301,7 @@ def build(args, classes):
     student = models.build_model(
         args.student, num_classes=classes, img_size=args.img_size, variant=args.variant,
         teacher_width=width, **args.student_kwargs)
-    if args.student_weights and not args.dry_run and not holds_run(args.out):
+    if args.student_weights and not args.dry_run and not models.is_run(args.out):
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))
 
@@ -349,12 +346,13 @@ class Run:
         self.log = []  # of the epochs
         self.sums = {}  # of the epoch's terms
         self.signal = 0  # that was received
+        self.record = {}  # for config.json
         self.optimizer = create_optimizer_v2(
             distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay,
             fused=device.type != "mps")
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr, warmup_epochs=min(args.warmup_epochs, args.epochs / 5),
+            warmup_lr=1e-6, warmup_epochs=min(args.warmup_epochs, args.epochs / 5),
             step_on_epochs=False, updates_per_epoch=self.steps)
         # Without its warm-up the random first weights would dominate the average.
         self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)
@@ -425,11 +423,6 @@ def claimed(out):
         raise UserError(f"another program trains in {out}: choose another --out") from None
 
 
-def holds_run(out):
-    """Whether a folder holds a run with a checkpoint. (models.is_run: with a config.json.)"""
-    return any((Path(out) / name).exists() for name in ("last.pt", "log.jsonl"))
-
-
 def write(path, content):
     """Write NAME.part, then rename it: a crash leaves the former file whole."""
     part = path.with_name(path.name + ".part")
@@ -452,7 +445,8 @@ def write_weights(path, model):
 def save(run, sums):
     """The first process writes last.pt, the others wait. `sums`: the means over the processes.
 
-    There is no random state to save, because each update seeds itself.
+    There is no random state to save, because each update seeds itself. config.json makes the folder a
+    run, so it follows the first checkpoint.
     """
     if RANK == 0:
         write_torch(run.out / "last.pt", {
@@ -462,6 +456,7 @@ def save(run, sums):
             "step": run.step,
             "log": run.log,
             "sums": sums})
+        write(run.out / "config.json", json.dumps(run.record, indent=1).encode())
     if WORLD > 1:
         dist.barrier()
 
@@ -480,6 +475,10 @@ def load(run):
     run.step = state["step"]
     run.log = state["log"]
     run.sums = state["sums"]
+    if WORLD > 1:
+        states = [None] * WORLD
+        dist.all_gather_object(states, (run.step, models.digest(run.distiller)))
+        refuse(len({*states}) > 1, f"the nodes hold different runs in {run.out}: share one disk")
     epochs = run.args.epochs
     refuse(run.step > epochs * run.steps, f"the run is beyond --epochs {epochs} already")
 
@@ -614,14 +613,13 @@ def check(args, typed, config, dataset):
         for name, value in config["settings"].items():
             changed = name not in MAY_CHANGE and getattr(args, name, value) != value
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
-                            f"(with --student-weights {args.out}, if you like)")
+                            f"with --student-weights {args.out}")
         former = config["images"]["train"]
         refuse(former != images, f"the run had {former} training images, {args.data} has {images}")
     else:
-        refuse(holds_run(args.out) and not args.dry_run,
+        refuse(models.is_run(args.out) and not args.dry_run,
                f"{args.out} holds a run: remove it, --resume it, or give another --out")
-    refuse(max(args.min_lr, args.warmup_lr) > args.lr,
-           f"--min-lr and --warmup-lr must not be above --lr {args.lr:.3g}")
+    refuse(args.min_lr > args.lr, f"--min-lr must not be above --lr {args.lr:.3g}")
     refuse(args.batch_size > images and not args.dry_run,
            f"{images} images do not fill a batch of {args.batch_size}: take --recipe finetune, "
            f"or lower --batch-size")
@@ -633,8 +631,8 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    lines = (str(message) or repr(message)).splitlines()  # a data worker's error is a traceback and, last, its message
-    print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)
+    lines = (str(message) or repr(message)).splitlines()
+    print(f"error: {lines[-1]}", file=sys.stderr, flush=True)  # a data worker's is a long traceback
     sys.exit(2)
 
 
@@ -652,7 +650,6 @@ def settle(argv):
     device = models.choose_device(args.device)
     if args.amp == "auto":
         args.amp = "on" if models.has_bfloat16(device) else "off"
-    refuse(args.amp == "on" and device.type == "mps", "mps has no bfloat16: --amp off")
     if "RANK" in os.environ and not dist.is_initialized():
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
@@ -668,6 +665,11 @@ def run_program(argv):
     elif args.dry_run:
         teacher, distiller = build(args, dataset.classes)
         say(json.dumps(describe(args, dataset, teacher, distiller), indent=1))
+        bad = data.find_bad_images(dataset)
+        for message in bad:
+            say(message)
+        refuse(bad and not args.skip_bad_images,
+               f"{len(bad)} images cannot be read: mend them, or --skip-bad-images")
     else:
         with claimed(args.out):
             run = prepare(args, device, dataset, config)
@@ -682,9 +684,6 @@ def run_program(argv):
 def prepare(args, device, dataset, config):
     """-> the Run, ready to train."""
     teacher, distiller = build(args, dataset.classes)
-    batchnorm = any(hasattr(module, "running_mean") for module in distiller.modules())
-    refuse(batchnorm and args.batch_size == WORLD * args.accum,
-           f"{args.student} has BatchNorm, which needs two images a process: raise --batch-size")
     record = describe(args, dataset, teacher, distiller)
     run = Run(args, device, dataset, teacher, distiller)
     if config:
@@ -694,13 +693,13 @@ def prepare(args, device, dataset, config):
         if args.epochs != config["settings"]["epochs"]:
             record["command"] += f" --epochs {args.epochs}"
             say("warning: a new cosine: the learning rate jumps")
-    if holds_run(args.out):
         load(run)
-    if RANK == 0:
-        write(run.out / "config.json", json.dumps(record, indent=1).encode())
+    record["ran_on"] = config.get("ran_on", []) + [
+        {"from_step": run.step, "device": str(device), "amp": args.amp}]
+    run.record = record
     say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
         f"{record['images']}: {args.epochs} epochs of {run.steps} updates, batches of "
-        f"{args.batch_size}, learning rate {args.lr:.3g}, bfloat16 {args.amp}")
+        f"{args.batch_size}, learning rate {args.lr:.3g}, {device}, bfloat16 {args.amp}")
     return run
 
 

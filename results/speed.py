@@ -125,6 +125,9 @@ def measure(argv):
     ms = time_parts(runs, dataset.classes, own.updates)
     ms["loader"], step = time_loader(run, own.updates)
     loop = ms["loader"] + step
+    name = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     hours = loop / 3.6e6 * run.steps * args.epochs
     return {
         "command": " ".join(["speed.py", *argv]),
@@ -140,7 +143,7 @@ def measure(argv):
         "threads": torch.get_num_threads(),
         "spincount": os.environ["GOMP_SPINCOUNT"],
         "torch": torch.__version__,
-        "device": models.device_name(device)}
+        "device": name}
 
 
 def main(argv=None):

@@ -152,6 +152,7 @@ class NoKD(nn.Module):
     # What a method wants by default.
     needs_teacher = False
     variant = "plain"  # of the student
+    variants = "plain", "lifted", "widened"  # all that it can work with
     first, last = 0, 0  # layers to align; with both 0 no maps are kept
 
     progress = 0.0  # of the training, from 0 to 1: the loop sets it before each update

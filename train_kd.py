@@ -291,6 +291,8 @@ def stop_after_signal(number, runs):
 def build(args, classes):
     """-> the teacher (or None) and the Distiller."""
     method = METHODS[args.method]
+    refuse(args.variant not in method.variants,
+           f"--method {args.method} has no use for --variant {args.variant}")
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
@@ -301,6 +303,7 @@ def build(args, classes):
     student = models.build_model(
         args.student, num_classes=classes, img_size=args.img_size, variant=args.variant,
         teacher_width=width, **args.student_kwargs)
+    refuse(hasattr(student, "head_dist"), f"{args.student} has two heads, of which one would do")
     if args.student_weights and not args.dry_run and not models.is_run(args.out):
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))

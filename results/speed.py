@@ -10,7 +10,6 @@ pass, the student's forward and backward pass, one optimizer step. All weights a
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -141,7 +140,6 @@ def measure(argv):
         "amp": args.amp,
         "processes": WORLD,
         "threads": torch.get_num_threads(),
-        "spincount": os.environ["GOMP_SPINCOUNT"],
         "torch": torch.__version__,
         "device": name}
 
@@ -151,10 +149,7 @@ def main(argv=None):
         result = measure(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         train_kd.fail(error)
-    if RANK == 0:
-        for part, value in result["ms"].items():
-            print(f"{part} {value:.1f} ms ({value / result['ms']['step']:.1%})", file=sys.stderr)
-        print(json.dumps(result), flush=True)
+    train_kd.say(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""Measure every layer of timm models on images, and draw the figures of the papers (DD, SK, EM).
+"""Measure every layer of timm models on images, and draw the figures of three papers.
 
-    python analyze.py                                   # the newest run: its teacher, its student
+    python analyze.py                                   # teacher and student of the newest run
     python analyze.py --models runs/soft runs/spectral  # two runs beside each other, with curves
     python analyze.py --models deit_tiny_patch16_224=weights.safetensors --data DIR
     python analyze.py --evolution runs/soft             # DD Fig. 4: entropy over the training
 
+DD is the paper Distillation Dynamics, SK is SpectralKD, EM is Encoding Mismatch (see README.md).
+
 A model is a timm name (pretrained), NAME=FILE, NAME=random, the folder of a run (its student), or
-RUN=teacher (its teacher).
-The others are compared with the first one. Beside them stand controls that have learned nothing:
-what a measure finds in them too is no sign of learning. The numbers of each figure lie in
-a CSV beside it, and summary.md puts the published numbers beside ours.
+RUN=teacher (its teacher). Controls that have learned nothing are measured beside the first model. If a
+control shows the same as the model, this is no sign of learning. The numbers of each figure lie in a CSV
+file beside it, and summary.md puts the published numbers beside ours.
 
 Layers count from 1, as in the papers; only --layers takes timm's indices, from 0.
-Notation: A a layer's feature map [B, C, h, w]; X its tokens [B, N, C] with N = h w.
+Notation: A is a layer's feature map [B, C, h, w], X its tokens [B, N, C], with N = h w.
 """
-import os
-
-# Threads that wait for work would otherwise keep cores busy that other threads need.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import argparse
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -47,12 +44,12 @@ from models import (
     load_student, pretrained_config, read_config, stages)
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)  # shares of energy (EM, ranks)
-BANDS = (50, 60, 70, 80, 90)  # % of energy (EM, SEP)
+BANDS = (50, 60, 70, 80, 90)  # % of energy (EM's SEP, see sep_curve)
 BINS = 100  # DD Section 2.2
 
 
 class UserError(ValueError):
-    """What the user can mend."""
+    """A mistake of the user. main prints it as one line."""
 
 
 # ---------- Metrics of one layer
@@ -72,8 +69,8 @@ def channel_spectrum(A):
 def entropy_map(A, lo, hi, bins=BINS):
     """DD Eq. 3 and 4: the entropy, in bits, of the histogram of each token's C values.
 
-    [B, C, h, w] -> [B, h, w]. The bins are numpy.histogram's: equal, from lo to hi, the last one
-    closed. A value outside of lo..hi counts in the first or the last bin.
+    [B, C, h, w] -> [B, h, w]. The bins are numpy.histogram's, of equal width from lo to hi. A value
+    outside of lo..hi counts in the first or in the last bin.
     """
     tokens = at_least_float32(tokens_of(A)).contiguous()
     edges = np.histogram_bin_edges([], bins, (float(lo), float(hi)))
@@ -91,10 +88,10 @@ def magnitude(A):
 
 
 def energy_ranks(X, levels=LEVELS):
-    """EM: for each image the smallest k whose k largest energies hold a share >= level.
+    """EM: for each image, how many of its largest energies hold at least a share `level` of their sum.
 
-    The energies are the squared singular values of an image's tokens: the eigenvalues, computed in
-    float64, of the smaller Gram matrix. Tokens [B, N, C], not centred -> int64 [B, len(levels)].
+    The energies are the squared singular values of an image's tokens. They are computed as eigenvalues
+    of the smaller Gram matrix. Tokens [B, N, C], not centred -> int64 [B, len(levels)].
     """
     X = at_least_float32(X)
     gram = X @ X.mT if X.shape[1] < X.shape[2] else X.mT @ X
@@ -114,9 +111,10 @@ def principal_axes(moment):
 
 
 def pca_ranks(X, moment, levels=LEVELS):
-    """EM v2, dataset PCA: for each image the smallest k whose first k axes hold a share >= level.
+    """EM v2, dataset PCA: for each image, how many of the first axes hold at least a share `level`.
 
-    Tokens [B, N, C], second moment [C, C] of all images' tokens -> int64 [B, len(levels)].
+    The axes are those of all images' tokens, whose second moment is `moment` [C, C]. Tokens [B, N, C] ->
+    int64 [B, len(levels)].
     """
     return ranks_along(principal_axes(moment), X, levels)
 
@@ -135,10 +133,10 @@ def _smallest_k(energies, levels):
 
 
 def sep_curve(X):
-    """EM, Spectral Energy Pattern: cumulative |FFT over channels|^2 of a token, in % of its whole.
+    """EM, Spectral Energy Pattern (SEP): cumulative |FFT over channels|^2 of a token, in % of its total.
 
-    [B, N, C] -> [C], in index order 0..C-1, the mean over tokens. Tokens of zeros have no pattern
-    and are left out; if there is no other, the curve is zero. SUMMARY says what SEP can tell.
+    [B, N, C] -> [C], in index order 0..C-1, the mean over tokens. Tokens of zeros are left out; if all
+    tokens are zero, so is the curve. The text SUMMARY below says what SEP can tell.
     """
     tokens = at_least_float32(X.reshape(-1, X.shape[-1]))
     energy = torch.fft.fft(tokens, dim=-1).abs().square()
@@ -150,7 +148,7 @@ def sep_curve(X):
 
 
 def sep_bandwidth(curve, levels=BANDS):
-    """EM: the first index, counted from 1, at which a SEP curve reaches a level, as a share of C.
+    """EM: which share of the C frequencies a SEP curve needs to reach each level.
 
     Curve [C] and levels in % -> float64 [len(levels)]. Raises ValueError for a curve that does not
     end at 100 %.
@@ -163,7 +161,7 @@ def sep_bandwidth(curve, levels=BANDS):
     return (first + 1).double() / len(curve)
 
 
-# ---------- What is measured: images, models, null controls
+# ---------- What is measured: images, models, controls
 
 
 def open_images(name, count, seed):
@@ -191,12 +189,14 @@ def open_sample(dataset, index):
 
 
 class Subject:
-    """A model to be measured. `label` names it in tables, `short_label` in figures.
+    """A model to be measured. `measure` adds the results as attributes.
 
-    `kind`: model (of timm), student (of a run), untrained or control. `build(trained)` makes the
-    timm model. Of its `depth` layers those are measured whose `numbers`, counted from 1, stand here
-    (0 is the stem of a CNN), with timm's names for them, `modules`, and the `shapes` of their maps,
-    (C, h, w). `measure` adds the results as attributes.
+    label, short_label, look: its name in tables, its name and its line in figures
+    kind: model (of timm), student (of a run), untrained or control
+    build(trained): makes the timm model
+    depth: how many layers the model has
+    numbers, modules, shapes: of each measured layer the number (1 is the first block, 0 the stem of a
+    CNN), timm's name, and the shape of its map (C, h, w)
     """
 
     def __init__(self, label, kind, name, build, args, device):
@@ -228,10 +228,10 @@ class Subject:
 
 
 class Control(Subject):
-    """Random maps of a subject's shapes: white noise, or one pattern of channels an image (rank 1).
+    """Random maps of a subject's shapes: white noise, or maps of rank 1.
 
-    In the second case each token of an image is the pattern, times a random weight. The values of
-    an image depend on the seed and on its number alone, not on the batch.
+    Rank 1: an image has one random pattern of channels, and each of its tokens is the pattern times a
+    random weight. The values of an image depend only on the seed and on its number, not on the batch.
     """
 
     def __init__(self, label, subject, seed):
@@ -257,7 +257,7 @@ class Control(Subject):
 
 
 def open_subjects(args, device):
-    """The models of --models, and with --controls the null controls of the first."""
+    """The models of --models, and with --controls the controls of the first one."""
     subjects = [open_model(text, args, device) for text in args.models]
     first = subjects[0]
     if args.controls:
@@ -266,10 +266,7 @@ def open_subjects(args, device):
                                     args, device))
         subjects.append(Control("white noise", first, args.seed))
         subjects.append(Control("rank 1", first, args.seed))
-    labels = [s.label for s in subjects]
-    if len({*labels}) < len(labels):
-        raise UserError("the same model or run is given twice")
-    for i, short_label in enumerate(short_labels(labels)):
+    for i, short_label in enumerate(short_labels([s.label for s in subjects])):
         subjects[i].short_label = short_label
         subjects[i].look = line_look(i)
     return subjects
@@ -277,24 +274,26 @@ def open_subjects(args, device):
 
 def open_model(text, args, device, file="student.safetensors"):
     """A model as --models names it. Of a run: its student, with the weights of that `file`."""
-    name, _, source = text.partition("=")
-    kind = "untrained" if source == "random" else "model"
-    build = partial(build_timm, name, source, args)
-    if is_run(name):
-        config = read_config(name)
+    run = text.removesuffix("=teacher")
+    if not is_run(run):
+        name, _, source = text.partition("=")
+        kind = "untrained" if source == "random" else "model"
+        build = partial(build_timm, name, source, args)
+    else:
+        config = read_config(run)
         settings = config["settings"]
-        if source == "teacher":
+        if run != text:
             kind = "untrained" if settings["teacher_weights"] == "random" else "model"
-            build = partial(build_its_teacher, config)
+            build = partial(build_teacher_of_run, config)
             name = settings["teacher"]
         else:
             kind = "student"
-            build = partial(load_student, name, file)
+            build = partial(load_student, run, file)
             name = f"{settings['variant']} {settings['student']}".removeprefix("plain ")
     return Subject(text, kind, name, build, args, device)
 
 
-def build_its_teacher(config, trained):
+def build_teacher_of_run(config, trained):
     settings = argparse.Namespace(**config["settings"])
     return build_teacher(settings, config["images"]["classes"], untrained=not trained)
 
@@ -311,7 +310,7 @@ def build_timm(name, source, args, trained):
 
 
 def newest_run():
-    """[the teacher, if there is one, and the student of the run that was written last]"""
+    """--models for the run that was written last: its teacher, if it has one, and its student."""
     files = sorted(Path("runs").glob("**/student.safetensors"), key=os.path.getmtime)
     if not files:
         raise UserError("nothing to analyse: give --models or --evolution, or train first")
@@ -327,7 +326,7 @@ HIGHEST = 1e15  # sums of squares of higher values do not fit into float32
 
 
 def feature_maps(subject, openers, args, task):
-    """Yield the feature maps of one batch of images, and the share of all images that are in it."""
+    """Yield for each batch its feature maps, and its share of all images."""
     for start in tqdm(range(0, len(openers), args.batch_size), desc=f"{subject.label}: {task}",
                       leave=False, disable=None):
         batch = openers[start:start + args.batch_size]
@@ -344,7 +343,7 @@ def first_pass(subject, openers, args):
         highs = torch.maximum(highs, torch.tensor([A.max().item() for A in maps]))
         moment = moment + second_moment(tokens_of(maps[-1])) * weight
     largest = torch.maximum(-lows, highs).max().item()
-    if not largest < HIGHEST:  # NaN is not
+    if not largest < HIGHEST:  # also true for NaN
         raise UserError(f"{subject.label} yields values up to {largest:g} on these images: "
                         f"only finite ones below {HIGHEST:g} can be measured")
     return lows, highs, moment
@@ -352,11 +351,11 @@ def first_pass(subject, openers, args):
 
 @torch.inference_mode()
 def measure(subject, openers, args):
-    """All metrics of a subject, in two passes. Nothing grows with the images but the ranks."""
+    """All metrics of a subject, in two passes. Of each image only its ranks are kept."""
     lows, highs, moment = first_pass(subject, openers, args)
     axes = principal_axes(moment)
     generator = torch.Generator().manual_seed(args.seed)
-    permutation = torch.randperm(len(moment), generator=generator)  # does SEP see their order?
+    permutation = torch.randperm(len(moment), generator=generator)  # of the channels, to test SEP
     by_layer = {}  # {name: a number for each layer, the mean over images}
     svd = []
     pca = []
@@ -637,6 +636,7 @@ def line_look(i):
 
 def short_labels(labels, width=50):
     """Labels for figures: without the leading folders that do not tell them apart, and wrapped."""
+    labels = [label.rstrip("/\\") for label in labels]
     short = labels
     for folders in range(1, 99):  # the deepest cut that still tells all labels apart is kept
         cut = [re.sub(r"[^/\\=]*[/\\]", "", label, count=folders) for label in labels]
@@ -789,7 +789,7 @@ def draw_curves(logs, path):
 
 def analyse_evolution(args, device, folder):
     """DD Fig. 4, entropy by layer at the snapshots of runs: a table, and a figure a range."""
-    args.layer_ranks = False  # they are neither drawn nor written
+    args.layer_ranks = False  # the ranks are neither drawn nor written here
     panels = {}
     rows = []
     for run, title in zip(args.evolution, short_labels(args.evolution, width=28)):
@@ -864,11 +864,13 @@ def analyse_models(args, device, folder):
     """Every metric, table and figure of the models of the command line, or of the newest run."""
     args.models = args.models or newest_run()
     logs = {}
-    for run in filter(is_run, args.models):
-        args.data = args.data or read_config(run)["settings"]["data"]
-        log = read_log(run)
-        if log:
-            logs[run] = log
+    for text in args.models:
+        run = text.removesuffix("=teacher")
+        if is_run(run):
+            args.data = args.data or read_config(run)["settings"]["data"]
+            log = read_log(run)
+            if log:
+                logs[run] = log
     args.data = args.data or "shapes"
     openers = open_images(args.data, args.images, args.seed)
     subjects = open_subjects(args, device)

@@ -1,9 +1,8 @@
 """Data: the embedded `shapes` set, any folder or timm data set, and the same batches on every machine.
 
-What a training sample looks like depends on (seed, epoch, index, repeat, repeats) alone, where
-`repeat` counts the copies of an image in an epoch and `repeats` is their number. Which samples make
-up a global batch depends on (seed, epoch, batch size, repeats). Neither depends on the number of
-processes or workers, or on interruptions.
+With repeated augmentation an epoch has `repeats` copies of an image, and `repeat` is the number of a
+copy. A training sample depends on (seed, epoch, index, repeat, repeats). A global batch depends also on
+the batch size. Neither depends on the number of processes or workers, or on interruptions.
 """
 import hashlib
 import multiprocessing
@@ -44,17 +43,17 @@ VAL_SIZE = 4000
 
 
 def draw_shapes(count, split="train", seed=0):
-    """Draw images 0..count-1 of a split -> uint8 [count, 3, 32, 32] and classes, int64 [count].
+    """Draw images 0..count-1 of a split -> (images uint8 [count, 3, 32, 32], labels int64 [count]).
 
     Image i depends on (seed, split, i) only; its class is i mod 20. About 0.3 ms an image.
     """
     number = ("train", "val").index(split)
-    # Row i of a generator's table does not depend on how many rows are drawn.
+    # NumPy fills tables row by row. So row i is the same for every count.
     table_generator = np.random.default_rng([seed, number, 0])
     pixel_generator = np.random.default_rng([seed, number, 1])
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
     chunks = []
-    for part in np.array_split(labels, max(1, count // 1000)):
+    for part in np.array_split(labels, max(1, count // 1000)):  # in parts, to save memory
         table = table_generator.random((len(part), 35), np.float32)
         pixels = pixel_generator.random((len(part), 2, SIZE, SIZE), np.float32)
         chunks.append(_draw(table, pixels, part))
@@ -63,8 +62,11 @@ def draw_shapes(count, split="train", seed=0):
 
 
 def _draw(table, pixels, labels):
-    """The formula: float32 [n, 35] and [n, 2, 32, 32] in [0, 1), labels [n] -> uint8 [n, 32, 32, 3]."""
-    columns = iter(table.T)  # each call of `uniform` below takes the next one
+    """Draw n images from random numbers in [0, 1), by a formula -> uint8 [n, 32, 32, 3].
+
+    table [n, 35]: a number for each call of `uniform`, in order. pixels [n, 2, 32, 32], labels [n].
+    """
+    columns = iter(table.T)
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     rows = np.arange(len(labels))
     shape, texture = np.divmod(labels, len(TEXTURES))
@@ -80,10 +82,10 @@ def _draw(table, pixels, labels):
         sin = np.sin(turn)
         return x * cos + y * sin, y * cos - x * sin
 
-    def paint(image, coverage, paint_colour):  # coverage: [n, 32, 32]
-        return image + np.clip(coverage, 0, 1)[..., None] * (paint_colour - image)
+    def paint(image, coverage, rgb):  # coverage: [n, 32, 32]
+        return image + np.clip(coverage, 0, 1)[..., None] * (rgb - image)
 
-    def litter(image):  # a small bar anywhere
+    def add_bar(image):  # clutter: a small bar anywhere
         x = xs - uniform(-16, 16)
         y = ys - uniform(-16, 16)
         x, y = rotated(x, y, uniform(0, np.pi))
@@ -95,9 +97,9 @@ def _draw(table, pixels, labels):
     # Background: dark, with a slight gradient.
     slope = (xs + ys) / SIZE
     image = colour(0, 0.4) + colour(-0.15, 0.15) * slope[..., None]
-    image = litter(image)
+    image = add_bar(image)
 
-    # Shape: a function that is positive inside, in units of the radius.
+    # Shape: a function of the place, which is positive inside. Its unit is the radius.
     radius = uniform(10, 13)
     x = xs - uniform(-1, 1)
     y = ys - uniform(-1, 1)
@@ -114,7 +116,7 @@ def _draw(table, pixels, labels):
         0.55 - triangle,
         0.27 - abs(rho - 0.68),  # ring
         0.68 + 0.26 * np.cos(5 * phi) - rho,  # star
-    ])[shape, rows]  # of each image its own shape
+    ])[shape, rows]  # picks each image's shape
 
     # Texture: a number in [0, 1] at every pixel, which mixes two colours.
     p, q = rotated(x, y, uniform(0, 2 * np.pi))
@@ -126,13 +128,13 @@ def _draw(table, pixels, labels):
         0.5 + 0.5 * np.tanh(3 * wave_p),  # stripes
         0.5 + 0.5 * np.tanh(3 * wave_p * wave_q),  # checker
         pixels[:, 0],  # noise
-    ])[texture, rows]  # of each image its own texture
+    ])[texture, rows]  # picks each image's texture
     base = colour(0.5, 0.9)
     contrast = uniform(0.45, 0.6)[..., None] + colour(-0.15, 0.15)
     texture_colour = base + (pattern[..., None] - 0.5) * contrast
-    image = paint(image, inside * radius + 0.5, texture_colour)
+    image = paint(image, inside * radius + 0.5, texture_colour)  # with an edge of one pixel
 
-    image = litter(image)  # something in front
+    image = add_bar(image)  # something in front
     image = image + (pixels[:, 1, ..., None] - 0.5) * 0.12  # sensor noise
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -170,13 +172,18 @@ class Images(NamedTuple):
         return {"train": len(self.train), "val": len(self.val), "classes": self.classes}
 
 
+KINDS_OF_DATA = (
+    "Give shapes, torch/NAME, hfds/NAME, or a folder that holds train/ and val/ with one folder of "
+    ".jpg, .png, ... per class")
+
+
 def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
     """Open a data set -> Images. Raises DataError or OSError for what cannot be used.
 
-    name: "shapes" (`train_size` images to train on, a share `label_noise` of them labelled at random),
-    a folder that holds train/ and val/ with one folder per class, or a name that
-    timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in data/. With `only_val` a folder
-    needs no train/ (train is val), and may hold the class folders itself.
+    name: "shapes": `train_size` images to train on, a share `label_noise` of them with random labels;
+          a folder that holds train/ and val/ with one folder per class;
+          or a name that timm.data.create_dataset knows (torch/cifar100, hfds/...), kept in data/.
+    only_val: a folder needs no train/, and may hold the class folders itself. Its train is its val.
     """
     if name == "shapes":
         train = Shapes(train_size, "train", label_noise)
@@ -219,11 +226,6 @@ class Folder(Dataset):
         return load_image(path), label
 
 
-KINDS_OF_DATA = (
-    "Give shapes, torch/NAME, hfds/NAME, or a folder that holds train/ and val/ with one folder of "
-    ".jpg, .png, ... per class")
-
-
 def check_classes(train, val):
     """Refuse splits that do not fit each other, and classes without training images."""
     names = train.classes
@@ -237,7 +239,7 @@ def check_classes(train, val):
     if empty:
         folder = train.root / empty[0]
         files = os.listdir(folder)[:3]
-        raise DataError(f"{folder} has no .jpg, .png, ... but {files}: convert these, or remove it")
+        raise DataError(f"{folder} holds no .jpg, .png, ..., only {files}: convert these, or remove it")
 
 
 def is_visible(name):
@@ -245,17 +247,17 @@ def is_visible(name):
 
 
 def find_images(folder):
-    """The paths of the images below a folder, in depth and in order, without what is hidden."""
+    """The sorted paths of all images below a folder, without what is hidden."""
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(filter(is_visible, folders))  # os.walk goes on with these
+        folders[:] = sorted(filter(is_visible, folders))  # in place: os.walk enters only these
         for name in sorted(filter(is_visible, names)):
             if name.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
                 found.append(os.path.join(where, name))
     return found
 
 
-UNREADABLE = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what PIL raises
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
 def load_image(path):
@@ -281,7 +283,7 @@ def find_bad_images(dataset):
 
 
 def to_rgb(image):
-    """Of 16 bits the upper 8 count. Raises ValueError for pixels whose range nobody knows."""
+    """Convert to RGB; of 16 bits keep the upper 8. Raises ValueError for pixels of unknown range."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -308,6 +310,7 @@ def _open_timm(name):
     reader = getattr(train, "reader", None)
     numbers = getattr(reader, "class_to_idx", None) or {}
     names = getattr(train, "classes", None) or sorted(numbers, key=numbers.get) or None
+    names = names and list(map(str, names))  # ImageNet's are tuples
     classes = len(names) if names else max(label for _, label in train) + 1
     return Images(train, val, classes, names)
 
@@ -324,8 +327,8 @@ def training_batches(
         size, batch_size, *, seed, epoch, start=0, repeats=1, accum=1, rank=0, world=1):
     """This process's micro-batches of an epoch, from update `start` on: arrays [b, 2] of (index, repeat).
 
-    All `world` processes share each of a batch's `accum` parts. An epoch holds size / repeats images,
-    each `repeats` times.
+    Each batch is cut into `accum` parts, and each part is shared by `world` processes. An epoch holds
+    size / repeats images, each `repeats` times; an incomplete last batch is dropped.
     """
     sampler = RepeatAugSampler(
         range(size), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0)
@@ -341,7 +344,7 @@ def training_batches(
 
 
 def evaluation_batches(size, batch_size, *, rank=0, world=1):
-    """This process's share of 0..size-1 in batches: every index once over all processes."""
+    """This process's share of 0..size-1, in batches. All processes together have each index once."""
     indices = np.arange(rank, size, world)
     keys = np.stack([indices, np.zeros_like(indices)], axis=1)
     return np.split(keys, range(batch_size, len(keys), batch_size)) if len(keys) else []
@@ -351,10 +354,10 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 
 
 class Samples(Dataset):
-    """samples[epoch, index, repeat]: a transformed image, its label, a seed of its own. Raises BadImage.
+    """samples[epoch, index, repeat] = (transformed image, label, seed). Raises BadImage.
 
-    The randomness of the transform follows from the seed. With `skip_bad` the next image replaces one
-    that cannot be read.
+    The transform's random numbers follow from the seed, as does random erasing later. With `skip_bad`
+    the next image takes the place of one that cannot be read.
     """
 
     def __init__(self, dataset, transform, seed, skip_bad):
@@ -367,7 +370,7 @@ class Samples(Dataset):
         epoch, index, repeat = key
         text = repr((self.seed, epoch, index, repeat))
         digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
-        seed = int.from_bytes(digest, "little")  # seed_of takes 0.1 ms more, of 5 ms for an image
+        seed = int.from_bytes(digest, "little")  # as seed_of, but 0.1 ms faster
         random.seed(seed)  # timm's transforms draw from all three
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every device
@@ -388,7 +391,7 @@ class Samples(Dataset):
 
 
 class Loader:
-    """What both kinds share: `size`, the number of images, and `normalise`, uint8 -> float32."""
+    """The base of the two below: `size`, the number of images, and `normalise`, uint8 -> float32."""
 
     def __init__(self, size, mean, std, device, seed):
         mean, std = torch.tensor(mean), torch.tensor(std)
@@ -438,7 +441,7 @@ class TensorLoader(Loader):
 def pad_crop_flip(images, draws, padding=4):
     """Shift each image by up to `padding` pixels, zeros moving in, and mirror half of them.
 
-    Images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1), which decide: down, right, mirrored.
+    Images [b, C, S, S] of any dtype; draws [b, 3] in [0, 1): for down, right, mirror.
     """
     shifts = (draws[:, :2] * (2 * padding + 1)).long()
     down, right = shifts.unbind(1)
@@ -453,15 +456,15 @@ def pad_crop_flip(images, draws, padding=4):
 class StreamLoader(Loader):
     """Large images (from 64 px): worker processes decode and augment them, and live for the whole training.
 
-    Keys travel with each batch, so that no state of a former epoch leaks into this one.
+    The DataLoader reads `self.batches` anew in each epoch, so `load` puts the keys there.
     """
 
-    evaluation_batch = 64  # 10 MB at 224 px, for a container's /dev/shm
+    evaluation_batch = 64  # 10 MB at 224 px: a container's /dev/shm is small
 
     def __init__(self, samples, workers, erasing=None, **common):
         super().__init__(len(samples.dataset), **common)
         self.erasing = erasing
-        self.batches = []  # the keys of the batches to come; `loader` takes them as its sampler
+        self.batches = []  # the keys of the epoch's batches
         parallel = {}
         if workers:
             usual = "fork" if sys.platform == "linux" else "spawn"  # fork is cheapest, and safe there
@@ -504,7 +507,7 @@ def default_workers():
 
 
 def at_least_one_bit(level_to_arg, level, hparams):
-    """At one end of its range timm's posterize keeps 0 bits of a colour, which Pillow 13 refuses: keep 1."""
+    """timm's posterize may keep 0 bits of a colour, which Pillow 13 refuses: keep at least 1."""
     return (max(1, level_to_arg(level, hparams)[0]),)
 
 
@@ -527,7 +530,7 @@ def build_loaders(
             TensorLoader(val, img_size, repeats, skip_bad_images, **common))
     make_transform = partial(
         create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
-        use_prefetcher=True)  # timm then yields bytes
+        use_prefetcher=True)  # then the images are uint8, not yet normalised
     augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
     resize = make_transform(crop_pct=crop_pct)
     erasing = None

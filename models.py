@@ -1,4 +1,5 @@
-"""Teachers and students: any timm model with hooks on its layers, EM's students, a toy pair.
+"""Teachers and students: any timm model with hooks on its layers, the students of Encoding Mismatch (EM),
+and a toy pair.
 
 A *layer* is an entry of timm's `feature_info`: a block of a ViT or CaiT (a self-attention block),
 a stage of a Swin or ResNet. Its feature map is the raw output, before the final norm, without class
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class ModelError(ValueError):
-    """A model, its weights, its layers or its device: what cannot be had."""
+    """A model, weights, a layer or a device that cannot be used."""
 
 
 # ---------- Hooks
@@ -37,9 +38,8 @@ class HookedModel(nn.Module):
     """A timm model that also returns the feature maps of the chosen layers (of `feature_info`).
 
     forward: images [B, 3, H, W] -> logits [B, K] and a list of maps [B, C, h, w] in the order of
-    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: what the images are
-    normalised with, if it is not the model's own. Raises ModelError for a layer that the model does
-    not have.
+    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: those of the images that
+    come in, if they are not the model's own. Raises ModelError for a layer that the model does not have.
     """
 
     def __init__(self, model, layers=(), mean=None, std=None):
@@ -54,6 +54,7 @@ class HookedModel(nn.Module):
         if mean is None:
             self.scale = None
         else:
+            # From (x - mean) / std to (x - own_mean) / own_std.
             own = statistics(model)
             own_mean, own_std = torch.tensor(own["mean"]), torch.tensor(own["std"])
             scale = torch.tensor(std) / own_std
@@ -62,16 +63,16 @@ class HookedModel(nn.Module):
             self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
 
     def hook(self, layer):
-        """Keep the map of one layer more."""
-        kind = type(self.model).__name__
+        """Keep the map of one more layer."""
+        class_name = type(self.model).__name__
         count = len(self.model.feature_info)
         if not 0 <= layer < count:
-            raise ModelError(f"layer {layer} is out of range: {kind} has layers 0 to {count - 1}")
+            raise ModelError(f"layer {layer} is out of range: {class_name} has layers 0 to {count - 1}")
         info = self.model.feature_info[layer]
         module = dict(self.model.named_modules()).get(info["module"])
         if module is None:
-            raise ModelError(f"timm does not tell where {kind} has its layers")
-        # A bound method, not a closure: in a deep copy (the EMA) it becomes the copy's.
+            raise ModelError(f"timm does not tell where {class_name} has its layers")
+        # A bound method: a deep copy (the EMA) then hooks its own.
         module.register_forward_hook(partial(self._keep, layer))
         self.layers.append(layer)
         self.channels.append(info["num_chs"])
@@ -81,6 +82,7 @@ class HookedModel(nn.Module):
 
     def forward(self, images):
         logits = self.model(self.renormalise(images))
+        # pop: a map that was kept would keep its graph alive.
         maps = [self._as_map(layer, self._maps.pop(layer), images) for layer in self.layers]
         return logits, maps
 
@@ -90,10 +92,10 @@ class HookedModel(nn.Module):
 
     def _as_map(self, layer, output, images):
         if output.ndim == 4:
-            channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # Swin
+            channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # Swin: [B, h, w, C]
             return output.permute(0, 3, 1, 2) if channels_last else output
         reduction = self.model.feature_info[layer]["reduction"]
-        h, w = (math.ceil(size / reduction) for size in images.shape[-2:])  # odd sizes round up
+        h, w = (math.ceil(size / reduction) for size in images.shape[-2:])
         tokens = output[:, output.shape[1] - h * w:]  # prefix tokens come first
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
 
@@ -104,10 +106,10 @@ class UntrainedMaps(nn.Module):
     forward: as a HookedModel's.
     """
 
-    def __init__(self, teacher, untrained, layers, normalisation):
+    def __init__(self, teacher, untrained_copy, layers, normalisation):
         super().__init__()
         self.of_logits = HookedModel(teacher, [], **normalisation)
-        self.of_maps = HookedModel(untrained, layers, **normalisation)
+        self.of_maps = HookedModel(untrained_copy, layers, **normalisation)
         self.layers = self.of_maps.layers
         self.channels = self.of_maps.channels
 
@@ -125,17 +127,18 @@ def statistics(model):
 
 def stages(model):
     """The layers that "First X, Last Y" counts: all of feature_info but the stem of a CNN."""
-    kinds = [re.sub(r"\d", "", info["module"]) for info in model.feature_info]
-    has_stem = len(kinds) > 1 and kinds[0] != kinds[1]  # resnet: act1, layer1, layer2, ...
-    return list(range(int(has_stem), len(kinds)))
+    # A ResNet has act1 (the stem), layer1, layer2, ...: without digits act, layer, layer, ...
+    words = [re.sub(r"\d", "", info["module"]) for info in model.feature_info]
+    has_stem = len(words) > 1 and words[0] != words[1]
+    return list(range(int(has_stem), len(words)))
 
 
 @torch.no_grad()
 def check_maps(hooked, img_size):
     """Try a HookedModel on two random images -> its maps. Raises ModelError if it cannot be used.
 
-    Its maps must be those of timm's own forward_intermediates: hooks cannot know how every family of
-    models lays out its tokens.
+    Its maps must be those of timm's own forward_intermediates, because models lay out their tokens in
+    many ways.
     """
     name = hooked.model.pretrained_cfg.get("architecture") or type(hooked.model).__name__
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +146,7 @@ def check_maps(hooked, img_size):
     hooked.eval()
     try:
         logits = hooked.model(hooked.renormalise(images))
-    except Exception as error:  # whatever a family of models raises on images of another size
+    except Exception as error:  # whatever timm's models raise for images of another size
         raise ModelError(f"{name} fails on images of {img_size} px: {one_line(error)}") from error
     if not logits.isfinite().all():
         raise ModelError(f"{name} computes NaN or infinity: give other weights")
@@ -170,7 +173,7 @@ def choose_layers(first, last, depth):
 
 
 def pair_layers(student, teacher, settings):
-    """The layers to align, student's and teacher's: as typed, or First X, Last Y of each one's stages."""
+    """-> the student's layers and the teacher's: those typed, or First X, Last Y of each model."""
     layers_s, layers_t = settings.student_layers, settings.teacher_layers
     if not layers_s and not layers_t:
         all_s, all_t = stages(student), stages(teacher)
@@ -188,7 +191,7 @@ def pair_layers(student, teacher, settings):
 
 
 def plain(name, teacher_width=None, **kwargs):
-    """Any timm model. It needs no teacher_width, but all variants have one signature."""
+    """Any timm model. (teacher_width is not used: all variants have one signature.)"""
     try:
         model = timm.create_model(name, **kwargs)
         if not model.feature_info:
@@ -199,8 +202,8 @@ def plain(name, teacher_width=None, **kwargs):
 
 
 def check_variant(name, **kwargs):
-    """Refuse what the two variants below cannot be made from."""
-    with torch.random.fork_rng(devices=[]):
+    """Refuse all but plain ViT and DeiT models, from which the two variants below are made."""
+    with torch.random.fork_rng(devices=[]):  # a trial, which leaves the random state alone
         model = plain(name, **kwargs)
     usual = isinstance(model, VisionTransformer) and hasattr(model.blocks[-1], "attn")
     if not usual or hasattr(model, "head_dist") or model.attn_pool or model.pool_include_prefix:
@@ -210,10 +213,10 @@ def check_variant(name, **kwargs):
 
 
 def lifted(name, teacher_width, **kwargs):
-    """EM Lift: behind the last block, Linear(C_s -> C_t, no bias) and LayerNorm on its tokens.
+    """EM Lift adds Linear(C_s -> C_t, no bias) and LayerNorm after the last block.
 
-    The lifted map is the last layer's feature map. The lift stays at inference: the classifier reads
-    the mean over the lifted patch tokens.
+    Their output is the feature map of the last layer. The lift is kept at inference: the classifier
+    reads the mean over the lifted patch tokens.
     """
     model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
     lift = _lift(model.embed_dim, teacher_width)
@@ -223,10 +226,10 @@ def lifted(name, teacher_width, **kwargs):
 
 
 def widened(name, teacher_width, **kwargs):
-    """EM WideLast: the last block is as wide as the teacher, with heads of the same size.
+    """EM WideLast: the last block is as wide as the teacher. Its attention heads keep their width.
 
-    It is entered through Linear(C_s -> C_t, no bias) and LayerNorm. The final norm and the classifier
-    are as wide as the block.
+    Linear(C_s -> C_t, no bias) and LayerNorm come before it. The final norm and the classifier are as
+    wide as the block.
     """
     model = plain(name, **kwargs)
     head_width = model.embed_dim // model.blocks[-1].attn.num_heads
@@ -237,7 +240,7 @@ def widened(name, teacher_width, **kwargs):
     wide = plain(name, **{**kwargs, "embed_dim": teacher_width, "num_heads": heads, "depth": 1})
     block = wide.blocks[0]
     for child, module in model.blocks[-1].named_children():
-        if child.startswith("drop_path"):  # its rate grows with depth: keep the last block's
+        if child.startswith("drop_path"):  # keep the last block's: the rate grows with depth
             setattr(block, child, module)
     lift = _lift(model.embed_dim, teacher_width)
     model.blocks[-1] = nn.Sequential(*lift, block)
@@ -254,7 +257,7 @@ def _lift(width, teacher_width):
 
 
 def _widen_head(model, width):
-    model.embed_dim = model.num_features = model.head_hidden_size = width
+    model.embed_dim = model.num_features = model.head_hidden_size = width  # timm reads all three
     model.feature_info[-1]["num_chs"] = width
     model.reset_classifier(model.num_classes)
     return model
@@ -268,15 +271,14 @@ def build_model(
         weights=None, random_head=False, **timm_kwargs):
     """Build a timm model, or a student variant of it, with weights from the hub or from a file.
 
-    `teacher_width`: C_t, for the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file. A file for
-    another number of classes is an error, unless `random_head` asks for a fresh classifier (DD
-    Table 2). Raises ModelError.
+    `teacher_width`: C_t, for the variants. `weights`: a `.safetensors`, `.pt` or `.pth` file. Its number
+    of classes must fit, unless `random_head` asks for a new classifier (DD Table 2). Raises ModelError.
     """
     config = pretrained_config(name)
     overlay = {}
     if img_size:
         overlay["input_size"] = (3, img_size, img_size)  # for timm's transforms
-        if config.fixed_input_size:  # as ViTs have; CNNs have no such argument
+        if config.fixed_input_size:  # a ViT's; a CNN takes no img_size
             timm_kwargs["img_size"] = img_size
     build = VARIANTS[variant]
     if build is not plain:
@@ -286,14 +288,14 @@ def build_model(
         return _from_file(build, name, weights, random_head, overlay, kwargs)
     if pretrained:
         if random_head:
-            overlay["num_classes"] = 0  # weights without a classifier: timm leaves out theirs
+            overlay["num_classes"] = 0  # timm then leaves out the weights' classifier
         elif config.num_classes != num_classes:
-            raise ModelError(wrong_classes(name, "pretrained", config.num_classes, num_classes))
+            raise ModelError(wrong_classes_message(name, "pretrained", config.num_classes, num_classes))
         return _from_hub(build, name, overlay, kwargs)
     return build(name, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def wrong_classes(name, source, found, wanted):
+def wrong_classes_message(name, source, found, wanted):
     return (
         f"{name}'s weights ({source}) have {found} classes and the data {wanted}: fine-tune them, with "
         f"--method none --student {name} --student-weights {source}, and take that run as the teacher")
@@ -320,24 +322,24 @@ def _from_file(build, name, path, random_head, overlay, kwargs):
                 state[key] = fresh[key]
     classes = _count_classes(name, state)
     if classes not in (None, kwargs["num_classes"]):
-        raise ModelError(wrong_classes(name, path, classes, kwargs["num_classes"]))
+        raise ModelError(wrong_classes_message(name, path, classes, kwargs["num_classes"]))
     try:
         if build is plain:
-            # By way of timm's loader, which adapts published formats and position embeddings.
-            # With a state_dict at hand it downloads nothing.
+            # timm's loader adapts published formats and position embeddings. As it gets the
+            # state_dict, it downloads nothing.
             overlay = dict(overlay, state_dict=state, num_classes=kwargs["num_classes"])
             return build(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         model = build(name, pretrained_cfg_overlay=overlay, **kwargs)
         model.load_state_dict(state)
         return model
     except Exception as error:  # whatever a foreign file makes timm stumble on
-        headless = "it has no classifier (--teacher-head random?); " if classes is None else ""
-        message = f"{path} does not hold weights of {name}: {headless}{one_line(error)}"
+        hint = "it has no classifier (--teacher-head random?); " if classes is None else ""
+        message = f"{path} does not hold weights of {name}: {hint}{one_line(error)}"
         raise ModelError(message) from error
 
 
 def _from_hub(build, name, overlay, kwargs):
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours, not its many
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without its warnings
     try:
         return build(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except Exception as error:  # hub, network and cache errors of many kinds
@@ -360,7 +362,7 @@ def _count_classes(name, state):
             return len(state[f"{classifier}weight"])
 
 
-@torch.random.fork_rng(devices=[])  # leaves the random state alone: a resumed run skips all this
+@torch.random.fork_rng(devices=[])  # the random state stays as in a resumed run, which skips this
 def start_from(model, name, source, img_size, variant="plain"):
     """Copy what fits of some weights, by name and shape, into a student -> one line on the result.
 
@@ -373,7 +375,8 @@ def start_from(model, name, source, img_size, variant="plain"):
     for key, value in own.items():
         origin = key
         if variant == "lifted" and key not in state:
-            origin = key.replace(f"{last_block}0.", last_block)  # blocks.11.0 for blocks.11
+            # The student's blocks.11.0.x is called blocks.11.x in the weights of a plain model.
+            origin = key.replace(f"{last_block}0.", last_block)
         found = state.get(origin)
         if found is not None and found.shape == value.shape:
             fitting[key] = found
@@ -399,7 +402,7 @@ def _starting_weights(name, source, img_size, own):
     except ModelError:  # a student that was cut, grown, lifted or widened: as it is
         if "pos_embed" in state and "pos_embed" in own:
             count = own["pos_embed"].shape[1]
-            grid = math.isqrt(count)  # isqrt(197) is 14: the rest, 1, is the class token
+            grid = math.isqrt(count)  # 197 = 14 x 14 + a class token
             state["pos_embed"] = resample_abs_pos_embed(
                 state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
         return state
@@ -430,7 +433,7 @@ def load_student(run, file="student.safetensors", trained=True):
     config = read_config(run)
     settings = config["settings"]
     if not path.is_file():
-        raise ModelError(f"{run} has no {file}: the run has not got there yet")
+        raise ModelError(f"{run} has no {file} yet")
     width = None
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]  # C_t
@@ -461,7 +464,7 @@ def read_config(run):
 
 
 def implied_settings(student, teacher_weights):
-    """The settings that follow from the student's name (the image size), or from a teacher's run."""
+    """{"img_size": ...} from the student's name; with a teacher's run, its image size and its model."""
     if is_run(teacher_weights):
         of_run = read_config(teacher_weights)["settings"]
         return {
@@ -500,15 +503,15 @@ def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-OTHER_FLAGS_DECIDE = {
+OF_OTHER_FLAGS = {
     "num_classes", "img_size", "variant", "teacher_width", "pretrained", "weights", "random_head",
     "model_name", "name", "pretrained_cfg", "pretrained_cfg_overlay", "features_only"}
 
 
 def key_value(text):
-    """The argparse type of what timm's ParseKwargs takes apart: KEY=VALUE."""
+    """Check a KEY=VALUE, which timm's ParseKwargs then splits. (An argparse type.)"""
     key, equals, _ = text.partition("=")
-    if not equals or key in OTHER_FLAGS_DECIDE:
+    if not equals or key in OF_OTHER_FLAGS:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, or other flags decide it")
     return text
 

@@ -1004,7 +1004,7 @@ def test_prepare_keeps_the_command(tmp_path, monkeypatch, capsys):
     train(out, *flags)
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--resume"])
     train(out, "--resume --epochs 2")
-    assert capsys.readouterr().out.count("new cosine") == 1
+    assert capsys.readouterr().out.count("the learning rate jumps") == 1
     assert shlex.split(models.read_config(out)["command"]) == [*command, "--epochs", "2"]
 
 
@@ -1300,7 +1300,7 @@ def test_open_subjects_of_a_run(tmp_path, monkeypatch):
     for number, (weights, kind) in enumerate(teachers.items()):
         kwargs = {"depth": 3} if weights == "random" else {}
         run = make_run(
-            Path(f"runs/{number}"), teacher_weights=weights, teacher_kwargs=kwargs)
+            Path(f"runs/rate={number}"), teacher_weights=weights, teacher_kwargs=kwargs)
         os.utime(run / "student.safetensors", (number, number))
         assert analyze.newest_run() == [f"{run}=teacher", str(run)]
         teacher, student, *_ = subjects_of(f"{run}=teacher", str(run))
@@ -1442,6 +1442,7 @@ def test_short_labels():
     for labels, expected in [
         ([f"{deep}/seed0/soft", f"{deep}/seed1/soft"], ["seed0/soft", "seed1/soft"]),
         (["cait=weights/cait.pt", "runs/soft"], ["cait=cait.pt", "soft"]),
+        (["runs/soft/", "runs/none/"], ["soft", "none"]),
         (["_runs/_soft", "a$b$"], [" _soft", r"a\$b\$"]),
         (["x" * 60], [f"{'x' * 50}\n{'x' * 10}"]),
         (["\udce4\udcb8\udcad"], ["\u4e2d"]),  # as an ASCII locale hands it over
@@ -1761,15 +1762,16 @@ def test_side_by_side_goes_on_without_a_student_whose_loss_is_nan(tmp_path, monk
 
 
 def test_course_prints_what_it_promises(monkeypatch):
-    """The Python blocks of course/README.md: words alike, numbers to their last digit."""
+    """Its Python blocks in order, as in the notebook: words alike, numbers to their last digit."""
     monkeypatch.chdir(HERE)
     page = (HERE / "course" / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == page.count("```python") == 8
+    assert len(blocks) == page.count("```python") == 9
+    known = {"__name__": "exercise"}
     for code, promised in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code, {"__name__": "exercise"})
+            exec(code, known)
         found = re.split(r"[\s,\[\]]+", printed.getvalue())
         expected = re.split(r"[\s,\[\]]+", promised)
         for ours, theirs in zip(found, expected, strict=True):
@@ -1781,6 +1783,15 @@ def test_course_prints_what_it_promises(monkeypatch):
             if "~" in theirs:  # depends on the seed
                 last = 0.04
             assert float(ours) == pytest.approx(float(theirs.strip("~")), abs=last), code
+
+
+def test_course_has_its_exercises_and_tags():
+    page = (HERE / "course" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d+)\.", page, re.MULTILINE) == [*map(str, range(1, 16))]
+    kinds = {*re.findall("^```(.+)$", page, re.MULTILINE)}
+    assert kinds == {"python", "text", "bash", 'bash tags=["skip-execution"]'}
+    own = re.search(r'@method\("attention"\).*?\n\n    def .*?\n.*?\n', page, re.DOTALL)
+    assert own[0] in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 # ---------- Mistakes: one line on stderr, status 2
@@ -1844,7 +1855,7 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--data {0}/absent", "no folder {0}/absent/train"),
     ("--data {0}/differ --method none", "differ: only one has ['b', 'c']"),
     ("--data {0}/corrupt --method none", "0.png"),
-    ("--data {0}/heic --method none", "heic/train/b has no .jpg, .png, ... but ['"),
+    ("--data {0}/heic --method none", "heic/train/b holds no .jpg, .png, ..., only ['"),
     ("--data {0}/one --method none", "two classes"),
     ("--data {0}/bomb --method none", "exceeds limit"),
     ("--data {0}/good", "have 20 classes and the data 3: fine-tune them, with --method none"),
@@ -1881,11 +1892,11 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--resume --out {0}/run --lr 0.1", "--lr 0.0005"),
     ("--resume --out {0}/run --epochs 1", "beyond --epochs 1"),
     ("--resume --out {0}/abc --data {0}/renamed", "differ in their classes"),
-    ("--resume --out {0}/abc --data {0}/good --train-size 3", "no effect here has --train-size"),
+    ("--resume --out {0}/abc --data {0}/good --train-size 3", "--train-size has no effect here"),
     ("--eval --out {0}/abc --data {0}/renamed", "differ in their classes"),
-    ("--eval --out {0}/run --epochs 3", "no effect on --eval has --epochs"),
+    ("--eval --out {0}/run --epochs 3", "--epochs has no effect with --eval"),
     ("--eval --out {0}/empty", "empty is not the folder of a run"),
-    ("--eval --out {0}/unbegun", "has no student.safetensors: the run has not got there"),
+    ("--eval --out {0}/unbegun", "has no student.safetensors yet"),
     ("--device cuda", "CUDA"),
     ("--student-kwargs depth=0", "no layers"),
     ("--student-kwargs embed_dim", "KEY=VALUE"),
@@ -1895,13 +1906,14 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--img-size 48", "does not hold weights of cait_toy_patch8_32"),
     ("--method none --student-weights pretrained", "pretrained weights of deit_toy"),
     ("--method none --student-weights {0}/other.pth", f"weights of {TOY} (plain): 0 of "),
-    ("--method none --first 1", "no effect here has --first"),
-    ("--method none --teacher-weights random", "no effect here has --teacher-weights"),
-    ("--workers 2", "no effect here has --workers"),
-    ("--data {0}/good --label-noise 0", "no effect here has --label-noise"),
-    ("--teacher-weights {0}/run --teacher cait_toy_patch8_32", "no effect here has --teacher"),
-    ("--teacher-weights {0}/run --teacher-kwargs depth=3", "no effect here has --teacher-kwargs"),
-    ("--teacher-weights {0}/run --teacher-head random", "no effect here has --teacher-head"),
+    ("--method soft --teacher-maps random", "--teacher-maps has no effect here"),
+    ("--method none --first 1", "--first has no effect here"),
+    ("--method none --teacher-weights random", "--teacher-weights has no effect here"),
+    ("--workers 2", "--workers has no effect here"),
+    ("--data {0}/good --label-noise 0", "--label-noise has no effect here"),
+    ("--teacher-weights {0}/run --teacher cait_toy_patch8_32", "--teacher has no effect here"),
+    ("--teacher-weights {0}/run --teacher-kwargs depth=3", "--teacher-kwargs has no effect here"),
+    ("--teacher-weights {0}/run --teacher-head random", "--teacher-head has no effect here"),
     ("--data {0}/good --teacher-weights {0}/run", "differ in their classes"),
 ]
 ANALYZE_MISTAKES = [
@@ -1914,7 +1926,6 @@ ANALYZE_MISTAKES = [
     ("--data {0}/flat", "0.png"),
     ("--layers 0 12", "out of range"),
     ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
-    ("--models deit_toy_patch8_32=random deit_toy_patch8_32=random", "twice"),
     ("--evolution {0}/empty", "empty"),
     ("--entropy-range nope", "nope"),
     ("--out {0}/file", "file"),

@@ -1,17 +1,18 @@
-"""Distil a vision transformer into a smaller one. (DD, EM: the papers, see README.md.)
+"""Distil a vision transformer into a smaller one.
 
     torchrun train_kd.py --method spectral              # embedded data and teacher, any laptop
-    python train_kd.py --method lift                    # the same without torchrun: one process
-    python train_kd.py --method none --variant widened  # a student alone
+    python train_kd.py --method lift                    # another method; torchrun is not needed
+    python train_kd.py --method none --variant widened  # a student without a teacher
     torchrun --nproc_per_node=4 train_kd.py --data /data/imagenet --first 1 --last 1
     python train_kd.py --recipe finetune --data DIR --teacher-weights runs/teacher
     python train_kd.py --eval --out runs/spectral       # accuracy of a run's student
 
-Add --help to a command: it shows the flags of its --method and the defaults of its --recipe.
+A command with --help shows the flags of its method, and the defaults of its recipe. DD is the paper
+Distillation Dynamics, EM is Encoding Mismatch (see README.md).
 """
 import os
 
-# Threads that wait for work would otherwise keep cores busy that other threads need.
+# Read when torch is imported: idle threads of OpenMP give their core away soon.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -47,15 +48,14 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(ValueError):
-    """What a user can mend: main prints it as one line."""
+    """A mistake of the user. main prints it as one line."""
 
 
-# ---------- Settings. Each is a flag. Its value comes from the last of these that gives one: its row
-# below, the recipe, the method, the student's name or the teacher's run (the size of the images), the
-# resumed run, the command line
+# ---------- Settings. Each one is a flag. What comes later in this list wins: the row below < the recipe <
+# the method < the student's name or the teacher's run (image size) < the resumed run < the command line
 
 RECIPES = {
-    "imagenet": {},  # DD C.3: DeiT's recipe without mixup and cutmix, the defaults of the rows below
+    "imagenet": {},  # the rows' own defaults. DD C.3: DeiT's recipe, without mixup and without cutmix
     "toy": dict(  # for images below 64 px: the embedded shapes, CIFAR
         student="deit_toy_patch8_32",
         teacher="cait_toy_patch8_32",
@@ -78,59 +78,59 @@ RECIPES = {
         snapshot_every=3),
 }
 
-# Rows of name, default, help, choices. `check` says when a group has an effect. The flags of a
-# method stand in losses.py.
+# Groups of rows: name, default, help, choices. A flag of a group that has no effect is refused (see
+# `has_effect` in `check`). The flags of a method stand in losses.py.
 SETTINGS = {"everywhere": [
-    ("recipe", "", "table of defaults: by default toy for shapes, else imagenet", RECIPES),
+    ("recipe", "", "set of defaults; if not given: toy for shapes, else imagenet", RECIPES),
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
     ("skip_bad_images", False, "replace an image that cannot be read by the next"),
-    ("img_size", 0, "px; by default the student's own, or that of the teacher's run"),
-    ("repeats", 3, "of each image in a batch (repeated augmentation)"),
+    ("img_size", 0, "image size in px; by default the student's, or that of the teacher's run"),
+    ("repeats", 3, "copies of an image, one after the other (repeated augmentation)"),
 
     ("student", "deit_tiny_patch16_224", "timm model"),
-    ("student_weights", "", "its start: pretrained (timm's), a file, a run's folder"),
-    ("student_kwargs", {}, "for timm; EM's UniformWide: embed_dim=219 num_heads=3"),
-    ("variant", "plain", "of the student", models.VARIANTS),
+    ("student_weights", "", "initial weights: pretrained (timm's), a file, a run's folder"),
+    ("student_kwargs", {}, "KEY=VALUE ... for timm; EM's UniformWide: embed_dim=219 num_heads=3"),
+    ("variant", "plain", "variant of the student", models.VARIANTS),
 
-    ("epochs", 300, "of training"),
+    ("epochs", 300, "epochs of training"),
     ("batch_size", 2048, "images of an update, over all processes"),
-    ("accum", 1, "parts of a batch, one after the other (gradient accumulation)"),
-    ("lr", 2e-3, "highest rate; scaled with a --batch-size that you give (finetune: by its root)"),
-    ("min_lr", 1e-5, "at the end"),
-    ("warmup_epochs", 5.0, "linear, from 1e-6; at most a fifth of the training"),
-    ("weight_decay", 0.05, "of AdamW"),
-    ("ema_decay", 0.99996, "of the average of the student's weights (EMA)"),
-    ("seed", 0, "of all that a run draws"),
+    ("accum", 1, "gradient accumulation: parts of a batch"),
+    ("lr", 2e-3, "peak learning rate; scaled with --batch-size (finetune: with its square root)"),
+    ("min_lr", 1e-5, "learning rate at the end"),
+    ("warmup_epochs", 5.0, "linear warm-up from 1e-6; at most a fifth of the training"),
+    ("weight_decay", 0.05, "weight decay of AdamW"),
+    ("ema_decay", 0.99996, "decay of the running average of the student's weights (EMA)"),
+    ("seed", 0, "random seed"),
 
     ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
     ("amp", "auto", "bfloat16; auto: on GPUs made for it", ("auto", "on", "off")),
     ("compile", False, "torch.compile both models"),
     ("out", "", "folder of the run; by default runs/METHOD"),
-    ("snapshot_every", 30, "epochs between epoch_NNNN.pt"),
+    ("snapshot_every", 30, "write epoch_NNNN.pt every N epochs"),
     ("resume", False, "go on with the run in --out, or start it"),
-    ("eval", False, "accuracy of the run in --out"),
-    ("dry_run", False, "build and print everything"),
+    ("eval", False, "print the accuracy of the run in --out"),
+    ("dry_run", False, "build and print everything, read all photos, train nothing"),
 ], "shapes": [
     ("train_size", 4000, "training images"),
     ("label_noise", 0.2, "share of the training labels that are random"),
 ], "from 64 px": [
     ("auto_augment", "rand-m9-mstd0.5-inc1", "timm's RandAugment"),
-    ("random_erasing", 0.25, "probability"),
-    ("crop_pct", 0.875, "share of the image that evaluation sees"),
+    ("random_erasing", 0.25, "probability of random erasing"),
+    ("crop_pct", 0.875, "share of the image's side that evaluation sees"),
     ("workers", data.default_workers(), "processes that read images"),
 ], "teacher": [
     ("teacher_weights", "", "a file, a run's folder or random; else timm's pretrained"),
-    ("teacher_maps", "trained", "random: of a teacher that was never trained", ("trained", "random")),
 ], "teacher model": [
     ("teacher", "cait_s24_224", "timm model"),
     ("teacher_head", "pretrained", "random: a new one, for other classes", ("pretrained", "random")),
     ("teacher_kwargs", {}, "for timm"),
 ], "layers": [
-    ("first", 0, "align the first X layers; by default as the method wants"),
+    ("first", 0, "align the first X layers; if no layer is given: the method's own"),
     ("last", 0, "align the last Y layers"),
-    ("student_layers", [], "explicit, ascending, timm's indices from 0"),
-    ("teacher_layers", [], "the teacher's, as many"),
+    ("student_layers", [], "layers of the student, in timm's numbers, from 0, ascending"),
+    ("teacher_layers", [], "as many layers of the teacher"),
+    ("teacher_maps", "trained", "random: maps of an untrained copy", ("trained", "random")),
 ]}
 
 # ---------- The loop
@@ -141,18 +141,18 @@ def train(run):
     args, steps = run.args, run.steps
     for epoch in range(len(run.log), args.epochs):
         began = time.perf_counter()
-        start = run.step - epoch * steps  # above 0 if the run was stopped within the epoch
+        start = run.step - epoch * steps  # updates done already, if the run was stopped in this epoch
         batches = data.training_batches(
             run.train_loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
             repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
         stream = run.train_loader.load(batches, epoch)
         run.distiller.train()
-        quiet = RANK > 0 or None  # None: silent where there is no terminal
+        quiet = True if RANK > 0 else None  # None: tqdm is quiet where there is no terminal
         for i in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
             update(run, stream)
             stop_after_signal(run.signal, [run])
             if i % 50 == 49:
-                mean_sums(run)  # for its check: a NaN loss stops the run
+                checked_sums(run)  # stops the run if the loss is NaN
         end_epoch(run, steps - start, time.perf_counter() - began)
 
 
@@ -172,10 +172,10 @@ def learn(run, part, images, labels, taught):
     accum = run.args.accum
     last = part == accum - 1
     torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, part))  # for drop-path
-    run.ddp.require_backward_grad_sync = last
-    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for methods of your own
+    run.ddp.require_backward_grad_sync = last  # DDP sends gradients once, after the last part
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for a method's schedule
     with run.autocast:
-        logits, terms = run.ddp(images, labels, taught)  # the loop never asks which method runs
+        logits, terms = run.ddp(images, labels, taught)
     loss = sum(terms.values()) / accum
     loss.backward()
     for name, value in terms.items():
@@ -189,15 +189,16 @@ def learn(run, part, images, labels, taught):
 
 
 def end_epoch(run, updates, seconds):
-    """Evaluate and record an epoch. `updates` and `seconds`: since its start, or since --resume."""
-    sums = mean_sums(run)
-    save(run, sums)  # if evaluation is killed, --resume repeats only that
+    """Evaluate and record an epoch, of which this program has made `updates` in `seconds`."""
+    sums = checked_sums(run)
+    save(run, sums)  # so that nothing is lost if the program is killed during evaluation
     began = time.perf_counter()
-    judged = [run.student, run.ema.module]
+    evaluated = [run.student, run.ema.module]
     if WORLD > 1:
-        for model in judged:
-            distribute_bn(model, WORLD, reduce=True)  # BatchNorm's statistics are each process's own
-    student, ema = evaluate(judged, run.val_loader, run.autocast)
+        for model in evaluated:
+            # BatchNorm's statistics of the last update differ between the processes.
+            distribute_bn(model, WORLD, reduce=True)
+    student, ema = evaluate(evaluated, run.val_loader, run.autocast)
     terms = {name: value.item() / run.steps for name, value in sums.items()}
     run.log.append({
         "epoch": len(run.log),
@@ -215,11 +216,11 @@ def end_epoch(run, updates, seconds):
     if RANK == 0:
         report(run)
         write_epoch(run)
-    save(run, {})
+    save(run, {})  # now with the epoch's log
 
 
-def mean_sums(run):
-    """{term: its sum over the epoch so far}, averaged over the processes. Stops at NaN or infinity."""
+def checked_sums(run):
+    """{term: its sum over the epoch so far}, averaged over the processes. Refuses NaN and infinity."""
     sums = torch.stack(list(run.sums.values()))
     if WORLD > 1:
         dist.all_reduce(sums)
@@ -231,16 +232,16 @@ def mean_sums(run):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiled graphs are for training's batches
-def evaluate(judged, loader, autocast):
+@torch.compiler.set_stance("force_eager")  # without torch.compile, whose graphs have fixed batches
+def evaluate(evaluated, loader, autocast):
     """[top-1 %, top-5 %, cross-entropy] of each model. The processes share the images."""
-    totals = torch.zeros(len(judged), 3, device=loader.device)
-    for model in judged:
+    totals = torch.zeros(len(evaluated), 3, device=loader.device)
+    for model in evaluated:
         model.eval()
     batches = data.evaluation_batches(
         loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
     for images, labels in loader.load(batches):
-        for model, total in zip(judged, totals):
+        for model, total in zip(evaluated, totals):
             with autocast:
                 logits, _ = model(images)
             correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -254,13 +255,13 @@ def evaluate(judged, loader, autocast):
 
 @contextlib.contextmanager
 def signals_remembered(run):
-    """Ctrl-C or a signal to end lets the current update finish. (Ctrl-\\ ends the program at once.)"""
+    """Remember Ctrl-C and signals to end; the loop stops after its update. (Ctrl-\\ ends at once.)"""
     def remember(number, frame):
         run.signal = number
 
     former = {}
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has two of them
+        number = getattr(signal, name, None)  # Windows has only SIGINT and SIGTERM
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             former[number] = signal.signal(number, remember)
     try:
@@ -271,18 +272,18 @@ def signals_remembered(run):
 
 
 def stop_after_signal(number, runs):
-    """Save and exit if this or another process has received a signal: all stop after the same update.
+    """If any process has received a signal, all save their runs and exit, after the same update.
 
-    There is one run here, and several in results/side_by_side.py.
+    This program has one run, results/side_by_side.py has several.
     """
     received = torch.tensor(number)
     if WORLD > 1:
         dist.all_reduce(received, dist.ReduceOp.MAX)
     if received:
         for run in runs:
-            save(run, mean_sums(run))
+            save(run, checked_sums(run))
             say(f"stopped after step {run.step}: go on with --resume --out {run.out}")
-        sys.exit(128 + received.item())
+        sys.exit(128 + received.item())  # as a shell reports a signal
 
 
 # ---------- Building
@@ -296,8 +297,8 @@ def build(args, classes):
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
-        # A method without a teacher needs its width alone. A dry run downloads nothing.
-        untrained = not method.needs_teacher or args.dry_run and not args.teacher_weights
+        # Without a teacher's knowledge only its width is needed. A dry run downloads nothing.
+        untrained = not method.needs_teacher or (args.dry_run and not args.teacher_weights)
         teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
@@ -344,12 +345,12 @@ class Run:
         if teacher:
             teacher.to(device)
         self.train_loader, self.val_loader = make_loaders(args, device, dataset, self.student)
-        self.steps = self.train_loader.size // args.batch_size  # updates of an epoch
+        self.steps = self.train_loader.size // args.batch_size  # updates in an epoch
         self.step = 0  # updates so far
-        self.log = []  # of the epochs
-        self.sums = {}  # of the epoch's terms
-        self.signal = 0  # that was received
-        self.record = {}  # for config.json
+        self.log = []  # a record for each epoch
+        self.sums = {}  # {term: its sum over the epoch}
+        self.signal = 0  # the last signal received
+        self.record = {}  # what config.json holds
         self.optimizer = create_optimizer_v2(
             distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay,
             fused=device.type != "mps")
@@ -357,9 +358,9 @@ class Run:
             self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr,
             warmup_lr=1e-6, warmup_epochs=min(args.warmup_epochs, args.epochs / 5),
             step_on_epochs=False, updates_per_epoch=self.steps)
-        # Without its warm-up the random first weights would dominate the average.
+        # Without use_warmup the student's random first weights would dominate the average.
         self.ema = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)
-        if args.compile:  # in place, after the EMA's copy
+        if args.compile:  # in place, and after the EMA has copied the student
             self.student.compile(fullgraph=True, dynamic=False)
             if teacher:
                 teacher.compile(fullgraph=True, dynamic=False)
@@ -378,14 +379,14 @@ def make_loaders(args, device, dataset, student):
 
 @torch.no_grad()
 def describe(args, dataset, teacher, distiller):
-    """Try everything on random images -> what --dry-run prints and config.json keeps."""
+    """Try both models on random images -> what --dry-run prints and config.json holds."""
     images = torch.randn(2, 3, args.img_size, args.img_size)
     taught = teacher(images) if teacher else None
     distiller(images, torch.tensor([0, 1]), taught)
-    failed, commit = subprocess.getstatusoutput(
+    status, commit = subprocess.getstatusoutput(
         f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
     return {
-        "settings": {name: value for name, value in vars(args).items() if name not in OF_THIS_CALL},
+        "settings": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
         "parameters": {
             "student": count_parameters(distiller.student),
             "method": count_parameters(distiller.method),
@@ -396,9 +397,8 @@ def describe(args, dataset, teacher, distiller):
         "images": dataset.counts(),
         "class_names": dataset.names,
         "teacher_digest": models.digest(teacher) if teacher else "",
-        "commit": None if failed else commit,
+        "commit": None if status else commit,
         "versions": {
-            "python": sys.version.split()[0],
             "torch": torch.__version__,
             "timm": timm.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability()},
@@ -414,7 +414,7 @@ def count_parameters(module):
 
 @contextlib.contextmanager
 def claimed(out):
-    """Keep a run's folder to this program until it ends, however it ends."""
+    """Lock a run's folder, so that no other program trains in it."""
     if RANK > 0:
         yield
         return
@@ -448,8 +448,8 @@ def write_weights(path, model):
 def save(run, sums):
     """The first process writes last.pt, the others wait. `sums`: the means over the processes.
 
-    There is no random state to save, because each update seeds itself. config.json makes the folder a
-    run, so it follows the first checkpoint.
+    There is no random state to save, because each update seeds itself. config.json comes last: with it
+    the folder counts as a run (models.is_run).
     """
     if RANK == 0:
         write_torch(run.out / "last.pt", {
@@ -472,7 +472,7 @@ def load(run):
         run.distiller.load_state_dict(state["distiller"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.ema.module.load_state_dict(state["ema"])
-    except Exception as error:  # cut short, foreign, or a pickle with code
+    except Exception as error:  # a file that is cut short, or another program's, or a pickle with code
         reason = models.one_line(error)
         raise UserError(f"{path} is damaged or foreign ({reason}): use another --out") from error
     run.step = state["step"]
@@ -511,12 +511,12 @@ def report(run):
 
 # ---------- The command line
 
-OF_THIS_CALL = {"resume", "eval", "dry_run"}  # not kept in config.json
-MAY_CHANGE = {  # with --resume
-    *OF_THIS_CALL, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
+NOT_SAVED = {"resume", "eval", "dry_run"}  # in config.json
+MAY_CHANGE = {  # from a run to its continuation with --resume
+    *NOT_SAVED, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
     "snapshot_every", "workers", "device", "amp", "compile"}
-OF_EVAL = {"--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp"}
-LAYERS = {"--first", "--last", "--student-layers", "--teacher-layers"}
+EVAL_FLAGS = {"--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp"}
+LAYER_FLAGS = {"--first", "--last", "--student-layers", "--teacher-layers"}
 SHARES = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
 ABOVE_0 = {
     "train_size", "img_size", "repeats", "crop_pct", "epochs", "batch_size", "accum", "lr",
@@ -524,7 +524,7 @@ ABOVE_0 = {
 
 
 def parse(argv):
-    """-> the settings, the flags that were typed, and config.json of a run to go on with."""
+    """-> the settings, the flags that were typed, and config.json of the run that goes on, or {}."""
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -533,10 +533,10 @@ def parse(argv):
     for group in SETTINGS.values():
         for row in group:
             add_flag(parser, *row)
-    early, _ = parser.parse_known_args(argv)  # for the few settings that decide the defaults
+    early, _ = parser.parse_known_args(argv)  # 1: the few settings that decide the defaults
     out = early.out or f"runs/{early.method}"
     config = {}
-    if early.eval or early.resume and models.is_run(out):
+    if early.eval or (early.resume and models.is_run(out)):
         config = models.read_config(out)
     saved = {**config.get("settings", {}), "out": out}
     method = METHODS[saved.get("method", early.method)]
@@ -548,21 +548,20 @@ def parse(argv):
     parser.set_defaults(**RECIPES[recipe], recipe=recipe)
     if "--batch-size" in typed:
         factor = early.batch_size / parser.get_default("batch_size")
-        power = 0.5 if recipe == "finetune" else 1
+        power = 0.5 if recipe == "finetune" else 1  # square root, or linear
         parser.set_defaults(lr=parser.get_default("lr") * factor**power)
     parser.set_defaults(variant=method.variant)
-    if not typed & LAYERS:
+    if not typed & LAYER_FLAGS:
         parser.set_defaults(first=method.first, last=method.last)
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    # Now student and teacher are known, from which the size of the images follows.
+    args = parser.parse_args(argv)  # 2: student and teacher, from which the size of the images follows
     implied = models.implied_settings(args.student, args.teacher_weights)
     parser.set_defaults(**{**implied, **saved})
-    return parser.parse_args(argv), typed, config
+    return parser.parse_args(argv), typed, config  # 3: all settings
 
 
 def add_flag(parser, name, default, text, choices=None):
-    """A flag whose kind follows from the type of its default."""
+    """The type of the default decides the kind of the flag."""
     kind = dict(type=type(default), choices=choices)
     if isinstance(default, bool):
         kind = dict(action=argparse.BooleanOptionalAction)
@@ -593,13 +592,14 @@ def check(args, typed, config, dataset):
         "teacher model": (method.needs_teacher or args.variant != "plain") and not from_run,
         "layers": method.first or method.last}
     for group, effect in has_effect.items():
-        idle = typed & {flag(name) for name, *_ in SETTINGS[group]}
-        refuse(idle and not effect, f"no effect here has {', '.join(sorted(idle))}: leave it out")
-    idle = ", ".join(sorted(typed - OF_EVAL))
-    refuse(args.eval and idle, f"no effect on --eval has {idle}: leave it out")
-    refuse(args.student_layers and typed & {"--first", "--last"}, "give --first, --last or layers")
+        given = typed & {flag(name) for name, *_ in SETTINGS[group]}
+        refuse(given and not effect, f"{', '.join(sorted(given))} has no effect here: leave it out")
+    given = ", ".join(sorted(typed - EVAL_FLAGS))
+    refuse(args.eval and given, f"{given} has no effect with --eval: leave it out")
+    refuse(args.student_layers and typed & {"--first", "--last"},
+           "give either --first and --last, or --student-layers and --teacher-layers")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in method.options():  # those check themselves
+        if type(value) in (int, float) and name not in method.options():  # a method checks its own
             most = 1 if name in SHARES else 2**31
             within = 0 <= value <= most and (value or name not in ABOVE_0)
             refuse(not within, f"{flag(name)} {value} is out of range")
@@ -635,7 +635,7 @@ def fail(message):
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
     lines = (str(message) or repr(message)).splitlines()
-    print(f"error: {lines[-1]}", file=sys.stderr, flush=True)  # a data worker's is a long traceback
+    print(f"error: {lines[-1]}", file=sys.stderr, flush=True)  # the last line of a data worker's traceback
     sys.exit(2)
 
 
@@ -647,8 +647,8 @@ def say(text):
 # ---------- The program
 
 
-def settle(argv):
-    """-> the settings, the device, the data set and the config of a run to go on with, all checked."""
+def read_settings(argv):
+    """-> the settings, the device, the data set, and config.json of the run that goes on, all checked."""
     args, typed, config = parse(argv)
     device = models.choose_device(args.device)
     if args.amp == "auto":
@@ -662,7 +662,7 @@ def settle(argv):
 
 
 def run_program(argv):
-    args, device, dataset, config = settle(argv)
+    args, device, dataset, config = read_settings(argv)
     if args.eval:
         show_accuracy(args, device, dataset)
     elif args.dry_run:
@@ -680,7 +680,7 @@ def run_program(argv):
                 if run.teacher:
                     show_teacher(run, dataset.classes)
                 train(run)
-            run.train_loader = run.val_loader = None  # ends the workers, which would take 5 s each
+            run.train_loader = run.val_loader = None  # ends their workers now: at exit each takes 5 s
             say(f"done: {run.out}; curves and layers: python analyze.py --models {run.out}")
 
 
@@ -691,11 +691,11 @@ def prepare(args, device, dataset, config):
     run = Run(args, device, dataset, teacher, distiller)
     if config:
         refuse(config["teacher_digest"] != record["teacher_digest"],
-               f"{args.teacher_weights} is not the teacher of the run")
+               f"{args.teacher_weights or args.teacher} is not the teacher of the run")
         record["command"] = config["command"]
         if args.epochs != config["settings"]["epochs"]:
             record["command"] += f" --epochs {args.epochs}"
-            say("warning: a new cosine: the learning rate jumps")
+            say("warning: with other --epochs the learning rate jumps")
         load(run)
     record["ran_on"] = config.get("ran_on", []) + [
         {"from_step": run.step, "device": str(device), "amp": args.amp}]
@@ -711,7 +711,7 @@ def show_teacher(run, classes):
     top1, top5, _ = evaluate([run.teacher], run.val_loader, run.autocast)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     chance = 100 / classes
-    learns_logits = getattr(run.args, "alpha", 1) > 0  # as does a method without alpha
+    learns_logits = getattr(run.args, "alpha", 1) > 0  # a method without alpha learns them
     if learns_logits and top1 < chance + (100 - chance) / 10:
         say(f"warning: the teacher is near chance ({chance:.2f} %) and the student learns its "
             f"logits: is it untrained, or are its classes in another order?")

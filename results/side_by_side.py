@@ -31,7 +31,7 @@ MUST_BE_COMMON = (
 def main():
     common, *parts = split_at_dashes(sys.argv[1:])
     try:
-        settled = [train_kd.settle([*common, *part]) for part in parts]
+        settled = [train_kd.read_settings([*common, *part]) for part in parts]
         check_common(settled)
         with contextlib.ExitStack() as stack:
             runs = []
@@ -132,7 +132,7 @@ def sound_runs(runs):
     for run in runs:
         try:
             if run.sums:
-                train_kd.mean_sums(run)
+                train_kd.checked_sums(run)
             sound.append(run)
         except UserError as error:
             train_kd.say(f"warning: ended, while the others go on: {error}")

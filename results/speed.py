@@ -115,7 +115,7 @@ def measure(argv):
     parser.add_argument("--students", type=int, default=1)
     own, others = parser.parse_known_args(argv)
     # A dry run has random weights, and its folder need not be free.
-    args, device, dataset, _ = train_kd.settle([*others, "--dry-run"])
+    args, device, dataset, _ = train_kd.read_settings([*others, "--dry-run"])
     runs = []
     for _ in range(own.students):
         teacher, distiller = train_kd.build(args, dataset.classes)

@@ -41,7 +41,7 @@ import data
 from losses import LossError, at_least_float32
 from models import (
     HookedModel, ModelError, build_model, build_teacher, check_maps, choose_device, is_run,
-    load_student, pretrained_config, read_config, stages)
+    load_student, prepare_console, pretrained_config, read_config, stages)
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)  # shares of energy (EM, ranks)
 BANDS = (50, 60, 70, 80, 90)  # % of energy (EM's SEP, see sep_curve)
@@ -283,6 +283,8 @@ def open_model(text, args, device, file="student.safetensors"):
         config = read_config(run)
         settings = config["settings"]
         if run != text:
+            if settings["method"] == "none":
+                raise UserError(f"{run} was trained without a teacher")
             kind = "untrained" if settings["teacher_weights"] == "random" else "model"
             build = partial(build_teacher_of_run, config)
             name = settings["teacher"]
@@ -824,9 +826,9 @@ svd_layers.csv svd_layers.png spectra.csv spectra.png ranks.csv ranks.png sep.cs
 """.split()
 
 
-def positive_int(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+def positive_int(text, least=1):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
     return int(text)
 
 
@@ -853,7 +855,7 @@ def make_parser():
         help="beside the models: the first one untrained, white noise, a rank-1 pattern")
     add("--img-size", type=positive_int, help="of timm models that can be built for another size")
     add("--batch-size", type=positive_int, default=16)
-    add("--seed", type=int, default=0)
+    add("--seed", type=partial(positive_int, least=0), default=0)
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
     add("--out", type=Path, default=Path("runs/analysis"),
         help="what an earlier call wrote there is replaced")
@@ -893,14 +895,6 @@ def move_files(folder, out):
     for name in names:
         os.replace(folder / name, out / name)
     return names
-
-
-def prepare_console():
-    """A console that lacks a character, or that is closed (>&-), must not stop an analysis."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def main(argv=None):

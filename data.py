@@ -249,7 +249,13 @@ def is_visible(name):
 def find_images(folder):
     """The sorted paths of all images below a folder, without what is hidden."""
     found = []
+    seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(filter(is_visible, folders))  # in place: os.walk enters only these
         for name in sorted(filter(is_visible, names)):
             if name.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
@@ -257,7 +263,8 @@ def find_images(folder):
     return found
 
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+UNREADABLE = (  # what PIL raises
+    OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
 def load_image(path):
@@ -531,7 +538,10 @@ def build_loaders(
     make_transform = partial(
         create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
         use_prefetcher=True)  # then the images are uint8, not yet normalised
-    augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
+    try:
+        augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
+    except AssertionError as error:
+        raise DataError(f"auto_augment {auto_augment!r} is not one of timm's: {error}") from error
     resize = make_transform(crop_pct=crop_pct)
     erasing = None
     if random_erasing:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -480,8 +481,9 @@ def read_weights(path):
     A relative path is tried in the working folder, then in this repository (weights/).
     """
     file = Path(path) if Path(path).exists() else HERE / path
+    if not file.is_file():
+        raise ModelError(f"{path} is neither a file nor the folder of a run")
     try:
-        file.stat()  # if the file is missing: timm would print a line of its own
         state = load_state_dict(file, use_ema=False, weights_only=True)
     except Exception as error:  # cut short, foreign, or a pickle that could hold code
         advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
@@ -501,6 +503,14 @@ def digest(model):
 
 def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def prepare_console():
+    """A console that lacks a character, or that is closed (>&-), must not stop a program."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 OF_OTHER_FLAGS = {

@@ -647,6 +647,7 @@ def test_open_data_finds_images_alone(photos, tmp_path):
         for name in (".ipynb_checkpoints", "@eaDir", "dark/__MACOSX"):
             shutil.copy(photos / split / "dark/0.png", folder / name)
         (folder / "dark/notes.txt").touch()
+        (folder / "dark/loop").symlink_to(folder / "dark")
     images = data.open_data(str(tmp_path))
     assert images.names == ["bright", "dark"]
     assert images.counts() == {"train": 41, "val": 9, "classes": 2}
@@ -666,6 +667,15 @@ def test_load_image_refuses_pixels_of_no_known_range(mode, tmp_path):
     Image.new(mode, (3, 3)).save(path)
     with pytest.raises(data.BadImage, match=f"image .*{mode}.tiff .pixels of mode {mode} have no"):
         data.load_image(path)
+
+
+def test_load_image_refuses_what_a_decoder_cannot_read(tmp_path, monkeypatch):
+    def fail(path):  # as Pillow's AVIF decoder does
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(data.BadImage, match="photo.jpg .Failed to decode image"):
+        data.load_image(tmp_path / "photo.jpg")
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -1672,8 +1682,8 @@ def test_study_rates_of_two_setups(tmp_path, monkeypatch, capsys):
     assert "| own-lr0.001 | 2 | 80.00 81.00 | 80.50 +- 0.71 |" in capsys.readouterr().out
     small, usual = figures["rates.png"].axes
     assert "'embed_dim': 12" in small.get_title()
-    assert small.get_legend_handles_labels()[1] == ["none, beta 0"]
-    assert usual.get_legend_handles_labels()[1] == ["Last 1, MSE, beta 5", "own, beta 0"]
+    assert small.get_legend_handles_labels()[1] == ["none"]
+    assert usual.get_legend_handles_labels()[1] == ["Last 1, MSE, beta 5", "own"]
     assert usual.get_xscale() == "log"
 
 
@@ -1907,6 +1917,10 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--method none --student-weights pretrained", "pretrained weights of deit_toy"),
     ("--method none --student-weights {0}/other.pth", f"weights of {TOY} (plain): 0 of "),
     ("--method soft --teacher-maps random", "--teacher-maps has no effect here"),
+    ("--data {0}/good --method none --img-size 64 --auto-augment nope", "'nope' is not one of timm's"),
+    ("--method none --student-weights {0}/absent.pth --dry-run", "absent.pth is neither a file nor"),
+    ("--teacher-weights {0}/empty", "empty is neither a file nor the folder of a run"),
+    ("--method none --student resnet18 --img-size 32 --batch-size 1", "BatchNorm"),
     ("--method none --first 1", "--first has no effect here"),
     ("--method none --teacher-weights random", "--teacher-weights has no effect here"),
     ("--workers 2", "--workers has no effect here"),
@@ -1923,6 +1937,9 @@ ANALYZE_MISTAKES = [
     ("--data {0}/empty", "no images"),
     ("--models deit_tiny_patch16_224.in1k=random", "only deit_tiny_patch16_224.fb_in1k"),
     ("--models {0}/young", "{0}/young has no student.safetensors"),
+    ("--models {0}/run=teacher", "run was trained without a teacher"),
+    ("--models {0}/run=best.pt", "run"),
+    ("--seed -1", "not at least 0"),
     ("--data {0}/flat", "0.png"),
     ("--layers 0 12", "out of range"),
     ("--models deit_toy_patch8_32=weights/cait_toy_shapes.safetensors", "deit_toy_patch8_32"),
@@ -1961,6 +1978,47 @@ def test_main_answers_a_mistake_in_one_line(
         assert all(flag in flags for flag in re.findall("--[a-z-]+", line))
     assert not models.is_run(out) and not (world / "mark").exists()
     assert {path: path.read_bytes() for path in (world / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("error, expected", [
+    ("DataLoader worker (pid(s) 5) exited unexpectedly", "lower --workers"),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", "lower --batch-size, or raise --accum"),
+    ("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset", "another process is gone")])
+def test_main_explains_faults_of_the_machine(error, expected, capsys, monkeypatch):
+    def fail(argv):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(train_kd, "run_program", fail)
+    assert expected in refusal(capsys, train_kd.main, [])
+
+
+@pytest.mark.parametrize("error, raised", [
+    (RuntimeError("shapes differ"), RuntimeError),
+    (KeyboardInterrupt(), SystemExit)])
+def test_main_raises_other_errors(error, raised, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(train_kd, "run_program", fail)
+    with pytest.raises(raised):
+        train_kd.main([])
+
+
+def test_read_settings_needs_a_launcher_for_several_processes(capsys, monkeypatch):
+    monkeypatch.setattr(train_kd, "WORLD", 2)
+    monkeypatch.delenv("RANK", raising=False)
+    assert "use torchrun" in refusal(capsys, train_kd.main, [])
+
+
+def test_train_prints_what_a_console_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    train(tmp_path / "\u4e2d", *TINY, "--method none --epochs 1")
+
+
+def test_train_resumes_with_a_tuple_among_its_settings(tmp_path):
+    flags = [*TINY, "patch_size=(8,8)", "--method none --epochs 1 --resume"]
+    train(tmp_path, *flags)
+    train(tmp_path, *flags)
 
 
 # ---------- Whole runs, workers, processes, signals

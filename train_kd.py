@@ -305,7 +305,8 @@ def build(args, classes):
         args.student, num_classes=classes, img_size=args.img_size, variant=args.variant,
         teacher_width=width, **args.student_kwargs)
     refuse(hasattr(student, "head_dist"), f"{args.student} has two heads, of which one would do")
-    if args.student_weights and not args.dry_run and not models.is_run(args.out):
+    downloads = args.student_weights == "pretrained"
+    if args.student_weights and not (args.dry_run and downloads) and not models.is_run(args.out):
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))
 
@@ -515,7 +516,9 @@ NOT_SAVED = {"resume", "eval", "dry_run"}  # in config.json
 MAY_CHANGE = {  # from a run to its continuation with --resume
     *NOT_SAVED, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
     "snapshot_every", "workers", "device", "amp", "compile"}
-EVAL_FLAGS = {"--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp"}
+EVAL_FLAGS = {
+    "--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp",
+    "--skip-bad-images"}
 LAYER_FLAGS = {"--first", "--last", "--student-layers", "--teacher-layers"}
 SHARES = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
 ABOVE_0 = {
@@ -614,7 +617,8 @@ def check(args, typed, config, dataset):
     images = len(dataset.train)
     if config:
         for name, value in config["settings"].items():
-            changed = name not in MAY_CHANGE and getattr(args, name, value) != value
+            now = json.loads(json.dumps(getattr(args, name, value)))  # as in the file: no tuples
+            changed = name not in MAY_CHANGE and now != value
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"with --student-weights {args.out}")
         former = config["images"]["train"]
@@ -635,7 +639,7 @@ def fail(message):
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
     lines = (str(message) or repr(message)).splitlines()
-    print(f"error: {lines[-1]}", file=sys.stderr, flush=True)  # the last line of a data worker's traceback
+    print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)  # the last line of a data worker's traceback
     sys.exit(2)
 
 
@@ -650,6 +654,7 @@ def say(text):
 def read_settings(argv):
     """-> the settings, the device, the data set, and config.json of the run that goes on, all checked."""
     args, typed, config = parse(argv)
+    refuse(WORLD > 1 and "RANK" not in os.environ, "WORLD_SIZE is set, but not RANK: use torchrun")
     device = models.choose_device(args.device)
     if args.amp == "auto":
         args.amp = "on" if models.has_bfloat16(device) else "off"
@@ -687,6 +692,9 @@ def run_program(argv):
 def prepare(args, device, dataset, config):
     """-> the Run, ready to train."""
     teacher, distiller = build(args, dataset.classes)
+    batchnorm = any(hasattr(module, "running_mean") for module in distiller.modules())
+    refuse(batchnorm and args.batch_size == WORLD * args.accum,
+           f"{args.student} has BatchNorm, which needs two images a process: raise --batch-size")
     record = describe(args, dataset, teacher, distiller)
     run = Run(args, device, dataset, teacher, distiller)
     if config:
@@ -731,13 +739,25 @@ def show_accuracy(args, device, dataset):
             f"{loader.size} images, bfloat16 {args.amp}")
 
 
+FAULTS_OF_THE_MACHINE = {  # a word of PyTorch's message, and what it means
+    "allocate": "out of memory: lower --batch-size, or raise --accum",
+    "DataLoader worker": "a process that reads images was ended: lower --workers",
+    "Connection": "another process is gone"}
+
+
 def main(argv=None):
+    models.prepare_console()
     try:
         run_program(sys.argv[1:] if argv is None else argv)
     except (data.DataError, models.ModelError, losses.LossError, UserError, OSError) as error:
         fail(error)
-    except dist.DistError as error:
-        fail(f"another process is gone: {models.one_line(error)}")
+    except RuntimeError as error:
+        for word, meaning in FAULTS_OF_THE_MACHINE.items():
+            if word in str(error):
+                fail(f"{meaning} ({models.one_line(error)})")
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

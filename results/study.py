@@ -314,8 +314,10 @@ def draw_rates(runs, path):
     for (setup, label, beta), own in group(runs, "setup", "label", "beta").items():
         rates = group(own, "rate")
         rates.pop(0, None)  # of older records that do not tell it
+        if beta:
+            label += f", beta {beta:g}"
         if len(rates) >= 3:
-            panels[setup or "usual setup"][f"{label}, beta {beta:g}"] = rates
+            panels[setup or "usual setup"][label] = rates
     if panels:
         draw_panels(panels, "learning rate", path)
 

@@ -385,9 +385,11 @@ class Samples(Dataset):
         return self.transform(image), label, seed
 
     def read(self, first):
-        for index in range(first, first + len(self.dataset)):
+        size = len(self.dataset)
+        for number in range(first, first + size):
+            index = number % size
             try:
-                image, label = self.dataset[index % len(self.dataset)]
+                image, label = self.dataset[index]
                 return to_rgb(image), label
             except UNREADABLE as error:
                 message = f"image {index}: {error}"
@@ -540,7 +542,7 @@ def build_loaders(
         use_prefetcher=True)  # then the images are uint8, not yet normalised
     try:
         augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         raise DataError(f"auto_augment {auto_augment!r} is not one of timm's: {error}") from error
     resize = make_transform(crop_pct=crop_pct)
     erasing = None

@@ -6,6 +6,7 @@ a stage of a Swin or ResNet. Its feature map is the raw output, before the final
 or register tokens.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -102,7 +103,7 @@ class HookedModel(nn.Module):
 
 
 class UntrainedMaps(nn.Module):
-    """A control: the logits of a trained teacher, beside the maps of one that was never trained.
+    """A control: logits from a trained teacher, maps from one that was never trained.
 
     forward: as a HookedModel's.
     """
@@ -198,7 +199,9 @@ def plain(name, teacher_width=None, **kwargs):
         if not model.feature_info:
             raise LookupError("it has no layers")
         return model
-    except (RuntimeError, TypeError, AssertionError, ArithmeticError, LookupError) as error:
+    except (
+            RuntimeError, TypeError, AssertionError, ArithmeticError, AttributeError,
+            LookupError) as error:
         raise ModelError(f"cannot build {name}: {one_line(error)}") from error
 
 
@@ -404,8 +407,9 @@ def _starting_weights(name, source, img_size, own):
         if "pos_embed" in state and "pos_embed" in own:
             count = own["pos_embed"].shape[1]
             grid = math.isqrt(count)  # 197 = 14 x 14 + a class token
-            state["pos_embed"] = resample_abs_pos_embed(
-                state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
+            with contextlib.suppress(RuntimeError):  # another model's: start_from then refuses it
+                state["pos_embed"] = resample_abs_pos_embed(
+                    state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
         return state
 
 

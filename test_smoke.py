@@ -1759,6 +1759,12 @@ def test_side_by_side_equals_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", *common, "--", "--", "--seed", "1"])
     monkeypatch.chdir(tmp_path)
     assert "--seed must be common" in refusal(capsys, side_by_side.main)
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", *common])
+    assert "give each student as a part" in refusal(capsys, side_by_side.main)
+    other = ["--", "--method", "spectral", "--variant", "lifted", "--out", "other"]
+    common += ["--teacher-maps", "random", "--first", "0", "--last", "1"]
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", *common, "--", *other])
+    assert "other has another teacher" in refusal(capsys, side_by_side.main)
 
 
 def test_side_by_side_goes_on_without_a_student_whose_loss_is_nan(tmp_path, monkeypatch, capsys):
@@ -1874,7 +1880,7 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--student-layers 1 1 --teacher-layers 0 1", "ascend"),
     ("--student-layers 1 --teacher-layers 1 --first 1", "--first"),
     ("--first 0 --last 0", "cannot be paired"),
-    ("--student deit_tiny_distilled_patch16_224 --method none --dry-run", "two heads"),
+    ("--student deit_tiny_distilled_patch16_224 --method none --dry-run", "two classifiers"),
     ("--teacher resnet18 --teacher-weights random --dry-run", "same patch grid"),
     ("--alpha nan", "nan"),
     ("--tau 1e6", "tau 1000000.0 is not in (0, 100]"),
@@ -1918,6 +1924,8 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--method none --student-weights {0}/other.pth", f"weights of {TOY} (plain): 0 of "),
     ("--method soft --teacher-maps random", "--teacher-maps has no effect here"),
     ("--data {0}/good --method none --img-size 64 --auto-augment nope", "'nope' is not one of timm's"),
+    ("--data {0}/good --method none --img-size 64 --auto-augment rand-m9.5", "'rand-m9.5' is not"),
+    ("--method none --student-weights weights/cait_toy_shapes.safetensors", "does not hold weights"),
     ("--method none --student-weights {0}/absent.pth --dry-run", "absent.pth is neither a file nor"),
     ("--teacher-weights {0}/empty", "empty is neither a file nor the folder of a run"),
     ("--method none --student resnet18 --img-size 32 --batch-size 1", "BatchNorm"),
@@ -2099,9 +2107,10 @@ def test_signals_remembered_leave_an_ignored_one_ignored(monkeypatch):
 def test_claimed_refuses_a_second_start(again, tmp_path, monkeypatch, capsys):
     """While the first one trains, and before the second has written anything."""
     def start_again(run, stream):
+        before = (tmp_path / "config.json").read_bytes()
         line = refusal(capsys, train, tmp_path, *TINY, "--method none", again)
         assert f"another program trains in {tmp_path}" in line
-        assert os.listdir(tmp_path) == ["run.lock"]
+        assert (tmp_path / "config.json").read_bytes() == before
         sys.exit("done")
 
     monkeypatch.setattr(train_kd, "update", start_again)
@@ -2118,13 +2127,17 @@ def stained(photos, tmp_path):
     return f"{PHOTOS} {own} {tmp_path}/photos"
 
 
-def test_train_may_start_again_after_a_failure_in_the_first_epoch(stained, tmp_path, capsys):
+@pytest.mark.parametrize("again", ["", "--resume"])
+def test_train_may_start_again_after_a_failure_in_the_first_epoch(
+        again, stained, tmp_path, capsys):
+    """The same command, or --resume alone, and the bad photo was removed."""
+    again = again or f"{stained} --epochs 1"
     out = tmp_path / "out"
     assert "39.png" in refusal(capsys, train, out, stained, "--epochs 1")
-    assert not models.is_run(out)
     (tmp_path / "photos/train/dark/39.png").unlink()
-    train(out, stained, "--epochs 1")
+    train(out, again)
     assert len(log_of(out)) == 1
+    assert models.read_config(out)["settings"]["method"] == "none"
 
 
 def test_dry_run_names_every_bad_image(stained, tmp_path, capsys):

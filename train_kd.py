@@ -196,7 +196,7 @@ def end_epoch(run, updates, seconds):
     evaluated = [run.student, run.ema.module]
     if WORLD > 1:
         for model in evaluated:
-            # BatchNorm's statistics of the last update differ between the processes.
+            # The processes' BatchNorm statistics differ by the last update: average them.
             distribute_bn(model, WORLD, reduce=True)
     student, ema = evaluate(evaluated, run.val_loader, run.autocast)
     terms = {name: value.item() / run.steps for name, value in sums.items()}
@@ -227,7 +227,7 @@ def checked_sums(run):
         sums /= WORLD
     refuse(not sums.isfinite().all(),
            f"{run.out}: at step {run.step} the sums of {[*run.sums]} are {sums.tolist()}: "
-           f"lower --lr or --beta, or --amp off")
+           f"lower --lr or --beta, or give --amp off")
     return dict(zip(run.sums, sums))
 
 
@@ -297,16 +297,17 @@ def build(args, classes):
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
-        # Without a teacher's knowledge only its width is needed. A dry run downloads nothing.
+        # Of an untrained teacher only the width is used. A dry run downloads no weights.
         untrained = not method.needs_teacher or (args.dry_run and not args.teacher_weights)
         teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
     student = models.build_model(
         args.student, num_classes=classes, img_size=args.img_size, variant=args.variant,
         teacher_width=width, **args.student_kwargs)
-    refuse(hasattr(student, "head_dist"), f"{args.student} has two heads, of which one would do")
+    refuse(hasattr(student, "head_dist"),
+           f"{args.student} has two classifiers: take the model without 'distilled' in its name")
     downloads = args.student_weights == "pretrained"
-    if args.student_weights and not (args.dry_run and downloads) and not models.is_run(args.out):
+    if args.student_weights and not (args.dry_run and downloads) and not has_weights(args.out):
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))
 
@@ -319,7 +320,7 @@ def build(args, classes):
     if not method.needs_teacher:
         return None, losses.Distiller(hooked_s, method(**options))
 
-    # The loaders normalise the images for the student.
+    # The loaders normalise the images for the student, so the teacher has to do it anew.
     if args.teacher_maps == "random":
         twin = models.build_teacher(args, classes, untrained=True)
         hooked_t = models.UntrainedMaps(teacher, twin, layers_t, models.statistics(student))
@@ -351,7 +352,6 @@ class Run:
         self.log = []  # a record for each epoch
         self.sums = {}  # {term: its sum over the epoch}
         self.signal = 0  # the last signal received
-        self.record = {}  # what config.json holds
         self.optimizer = create_optimizer_v2(
             distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay,
             fused=device.type != "mps")
@@ -427,6 +427,11 @@ def claimed(out):
         raise UserError(f"another program trains in {out}: choose another --out") from None
 
 
+def has_weights(out):
+    """Whether the run in a folder has got as far as a checkpoint. (models.is_run: has begun.)"""
+    return any((Path(out) / name).exists() for name in ("last.pt", "student.safetensors"))
+
+
 def write(path, content):
     """Write NAME.part, then rename it: a crash leaves the former file whole."""
     part = path.with_name(path.name + ".part")
@@ -449,8 +454,7 @@ def write_weights(path, model):
 def save(run, sums):
     """The first process writes last.pt, the others wait. `sums`: the means over the processes.
 
-    There is no random state to save, because each update seeds itself. config.json comes last: with it
-    the folder counts as a run (models.is_run).
+    There is no random state to save, because each update seeds itself.
     """
     if RANK == 0:
         write_torch(run.out / "last.pt", {
@@ -460,7 +464,6 @@ def save(run, sums):
             "step": run.step,
             "log": run.log,
             "sums": sums})
-        write(run.out / "config.json", json.dumps(run.record, indent=1).encode())
     if WORLD > 1:
         dist.barrier()
 
@@ -622,9 +625,10 @@ def check(args, typed, config, dataset):
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"with --student-weights {args.out}")
         former = config["images"]["train"]
-        refuse(former != images, f"the run had {former} training images, {args.data} has {images}")
+        refuse(has_weights(args.out) and former != images,
+               f"the run had {former} training images, {args.data} has {images}")
     else:
-        refuse(models.is_run(args.out) and not args.dry_run,
+        refuse(has_weights(args.out) and not args.dry_run,
                f"{args.out} holds a run: remove it, --resume it, or give another --out")
     refuse(args.min_lr > args.lr, f"--min-lr must not be above --lr {args.lr:.3g}")
     refuse(args.batch_size > images and not args.dry_run,
@@ -639,7 +643,8 @@ def fail(message):
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
     lines = (str(message) or repr(message)).splitlines()
-    print(f"error: {lines[-1].removeprefix('data.BadImage: ')}", file=sys.stderr, flush=True)  # the last line of a data worker's traceback
+    line = lines[-1].removeprefix("data.BadImage: ")  # a data worker's error is a traceback
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -659,7 +664,7 @@ def read_settings(argv):
     if args.amp == "auto":
         args.amp = "on" if models.has_bfloat16(device) else "off"
     if "RANK" in os.environ and not dist.is_initialized():
-        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     dataset = data.open_data(args.data, args.train_size, args.label_noise, only_val=args.eval)
     check(args, typed, config, dataset)
@@ -704,10 +709,13 @@ def prepare(args, device, dataset, config):
         if args.epochs != config["settings"]["epochs"]:
             record["command"] += f" --epochs {args.epochs}"
             say("warning: with other --epochs the learning rate jumps")
+    if has_weights(args.out):
         load(run)
-    record["ran_on"] = config.get("ran_on", []) + [
-        {"from_step": run.step, "device": str(device), "amp": args.amp}]
-    run.record = record
+    former = [part for part in config.get("ran_on", []) if part["from_step"] < run.step]
+    part = {"from_step": run.step, "device": str(device), "amp": args.amp}
+    record["ran_on"] = [*former, part]
+    if RANK == 0:
+        write(run.out / "config.json", json.dumps(record, indent=1).encode())
     say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
         f"{record['images']}: {args.epochs} epochs of {run.steps} updates, batches of "
         f"{args.batch_size}, learning rate {args.lr:.3g}, {device}, bfloat16 {args.amp}")

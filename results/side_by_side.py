@@ -1,4 +1,4 @@
-"""Train several students on one forward of the teacher: the same bytes as each alone.
+"""Train several students at once. The teacher sees each batch once; the weights are the same as alone.
 
     python results/side_by_side.py --seed 0 -- --method soft --out runs/soft-0 \\
                                             -- --method lift --beta 5 --out runs/lift-0
@@ -48,6 +48,7 @@ def main():
 
 
 def check_common(settled):
+    train_kd.refuse(not settled, "give each student as a part: -- --method soft -- --method lift")
     first, *_ = settled[0]
     for args, *_ in settled:
         train_kd.refuse(args.eval or args.dry_run, "side by side there is no --eval, no --dry-run")
@@ -79,7 +80,10 @@ def share(runs):
         run.layers = []  # of the teacher
         if run.teacher:
             run.layers = list(run.teacher.layers)
-            teacher = teacher or run.teacher  # all are equal
+            teacher = teacher or run.teacher
+            # An untrained copy is drawn after the student, so that unlike students have unlike ones.
+            same = models.digest(run.teacher) == models.digest(teacher)
+            train_kd.refuse(not same, f"{run.out} has another teacher")
             hooked = getattr(teacher, "of_maps", teacher)
             for layer in run.layers:
                 if layer not in hooked.layers:

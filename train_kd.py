@@ -711,9 +711,8 @@ def prepare(args, device, dataset, config):
             say("warning: with other --epochs the learning rate jumps")
     if has_weights(args.out):
         load(run)
-    former = [part for part in config.get("ran_on", []) if part["from_step"] < run.step]
-    part = {"from_step": run.step, "device": str(device), "amp": args.amp}
-    record["ran_on"] = [*former, part]
+    start = {"step": run.step, "device": str(device), "amp": args.amp}
+    record["starts"] = [*config.get("starts", []), start]
     if RANK == 0:
         write(run.out / "config.json", json.dumps(record, indent=1).encode())
     say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
@@ -723,14 +722,13 @@ def prepare(args, device, dataset, config):
 
 
 def show_teacher(run, classes):
-    """The teacher's accuracy. Warns if the student learns logits that are near chance."""
+    """Print the teacher's accuracy, and warn if it is near chance."""
     top1, top5, _ = evaluate([run.teacher], run.val_loader, run.autocast)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     chance = 100 / classes
-    learns_logits = getattr(run.args, "alpha", 1) > 0  # a method without alpha learns them
-    if learns_logits and top1 < chance + (100 - chance) / 10:
-        say(f"warning: the teacher is near chance ({chance:.2f} %) and the student learns its "
-            f"logits: is it untrained, or are its classes in another order?")
+    if top1 < chance + (100 - chance) / 10:
+        say(f"warning: the teacher is near chance ({chance:.2f} %): is it untrained, or are its classes "
+            f"in another order? Its logits teach nothing")
 
 
 def show_accuracy(args, device, dataset):

@@ -548,14 +548,18 @@ def test_load_student_of_every_variant(variant, tmp_path):
         assert_same(alone.state_dict(), student.state_dict())
 
 
-def test_load_student_on_one_photo(photos):
-    """The five lines of README's `Your own images`."""
-    student = models.load_student(photos / "run").eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
-    for number, name in enumerate(models.read_config(photos / "run")["class_names"]):
-        image = Image.open(photos / "val" / name / "0.png").convert("RGB")
-        with torch.no_grad():
-            assert student(transform(image)[None]).softmax(-1)[0].argmax() == number
+def test_readme_predicts_photos(photos, tmp_path, monkeypatch):
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(import csv.*?)```", page, re.DOTALL)[1]
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(photos / "run", tmp_path / "runs/student")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    with open("predictions.csv", encoding="utf-8") as file:
+        answers = list(csv.reader(file))
+    assert len(answers) == 16
+    for path, name, probability in answers:
+        assert Path(path).parent.name == name and float(probability) > 0.5
 
 
 @pytest.mark.parametrize("size, expected", [(64, 0.8), (32, 1)])

@@ -1681,6 +1681,7 @@ def test_study_rates_of_two_setups(tmp_path, monkeypatch, capsys):
         log = epochs(60, 70)
         make_run(tmp_path / f"none-lr{rate}-0", "none", log, lr=rate, student_kwargs=narrow)
     make_run(tmp_path / "soft-0", log=epochs(60, 70))
+    make_run(tmp_path / "own-lr9-0", "own", epochs(60, 10, own=1), seed=0, lr=9)
     make_run(tmp_path / "old-0", "own", epochs(60, 70, own=1), lr=None)
     study.main([str(tmp_path)])
     assert "| own-lr0.001 | 2 | 80.00 81.00 | 80.50 +- 0.71 |" in capsys.readouterr().out
@@ -1688,7 +1689,7 @@ def test_study_rates_of_two_setups(tmp_path, monkeypatch, capsys):
     assert "'embed_dim': 12" in small.get_title()
     assert small.get_legend_handles_labels()[1] == ["none"]
     assert usual.get_legend_handles_labels()[1] == ["Last 1, MSE, beta 5", "own"]
-    assert usual.get_xscale() == "log"
+    assert usual.get_xscale() == "log" and usual.get_ylim()[0] > 70  # without the rate 9
 
 
 OWN_IMAGES = HERE / "results/own_images/study.jsonl"

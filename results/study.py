@@ -309,15 +309,21 @@ def draw_dose(runs, path):
 
 
 def draw_rates(runs, path):
-    """Top-1 by learning rate: a panel a setup, a curve a method with three rates."""
+    """Top-1 by learning rate: a panel a setup, a curve a method with three rates. A rate that only one
+    method has is left out, as is 0, of older records that do not tell it."""
     panels = defaultdict(dict)
-    for (setup, label, beta), own in group(runs, "setup", "label", "beta").items():
-        rates = group(own, "rate")
-        rates.pop(0, None)  # of older records that do not tell it
-        if beta:
-            label += f", beta {beta:g}"
-        if len(rates) >= 3:
-            panels[setup or "usual setup"][label] = rates
+    for setup, own in group(runs, "setup").items():
+        methods = group(own, "label")
+        shared = []
+        for rate, some in group(own, "rate").items():
+            if rate and (len(group(some, "label")) > 1 or len(methods) == 1):
+                shared.append(rate)
+        for (label, beta), curve in group(own, "label", "beta").items():
+            rates = group([run for run in curve if run.rate in shared], "rate")
+            if beta:
+                label += f", beta {beta:g}"
+            if len(rates) >= 3:
+                panels[setup or "usual setup"][label] = rates
     if panels:
         draw_panels(panels, "learning rate", path)
 

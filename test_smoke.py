@@ -1892,7 +1892,7 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--beta -1", "-1"),
     ("--accum 3", "does not divide"),
     ("--epochs 1.5", "1.5"),
-    ("--lr 1e-7", "must not be above --lr 1e-07"),
+    ("--lr 1e-7", "--min-lr is above --lr 1e-07"),
     ("--teacher-weights {0}/absent.pth --dry-run", "absent.pth"),
     ("--teacher-weights {0}/cut.safetensors", "cut.safetensors"),
     ("--teacher-weights {0}/other.pth", "other.pth"),

@@ -630,7 +630,7 @@ def check(args, typed, config, dataset):
     else:
         refuse(has_weights(args.out) and not args.dry_run,
                f"{args.out} holds a run: remove it, --resume it, or give another --out")
-    refuse(args.min_lr > args.lr, f"--min-lr must not be above --lr {args.lr:.3g}")
+    refuse(args.min_lr > args.lr, f"--min-lr is above --lr {args.lr:.3g}: give both")
     refuse(args.batch_size > images and not args.dry_run,
            f"{images} images do not fill a batch of {args.batch_size}: take --recipe finetune, "
            f"or lower --batch-size")

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import models
 import train_kd
 from train_kd import RANK, WORLD
 

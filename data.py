@@ -5,10 +5,8 @@ copy. A training sample depends on (seed, epoch, index, repeat, repeats). A glob
 the batch size. Neither depends on the number of processes or workers, or on interruptions.
 """
 import hashlib
-import multiprocessing
 import os
 import random
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,15 +21,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
 
 class DataError(ValueError):
-    """Data that cannot be used."""
-
-
-class BadImage(DataError):
-    """An image that cannot be read."""
+    """Data that cannot be used, or an image that cannot be read."""
 
 
 # ---------- shapes: 20 classes = shape (contour, low frequency) x texture (detail, high frequency)
@@ -161,15 +154,11 @@ class Shapes(Dataset):
 
 
 class Images(NamedTuple):
-    """A data set: its two splits, its number of classes, and their names in order (or None)."""
+    """A data set: its two splits, and the names of its classes in the order of the labels."""
 
     train: Dataset
     val: Dataset
-    classes: int
-    names: list
-
-    def counts(self):
-        return {"train": len(self.train), "val": len(self.val), "classes": self.classes}
+    classes: list
 
 
 KINDS_OF_DATA = (
@@ -189,29 +178,27 @@ def open_data(name, train_size=4000, label_noise=0.0, only_val=False):
         train = Shapes(train_size, "train", label_noise)
         val = Shapes(VAL_SIZE, "val")
         names = [f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES]
-        return Images(train, val, len(names), names)
+        return Images(train, val, names)
     if name.startswith(("torch/", "hfds/")):
         return _open_timm(name)
     root = Path(name)
     if only_val:
         val = Folder(root / "val" if (root / "val").is_dir() else root)
-        return Images(val, val, len(val.classes), val.classes)
+        return Images(val, val, val.classes)
     train = Folder(root / "train")
     val = Folder(root / "val")
     check_classes(train, val)
-    return Images(train, val, len(val.classes), val.classes)
+    return Images(train, val, val.classes)
 
 
 class Folder(Dataset):
     """A folder of images for each class: (PIL image, label)."""
 
     def __init__(self, root):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"there is no folder {root}. {KINDS_OF_DATA}")
+        self.root = root
         self.classes = []
         self.samples = []  # (path, label)
-        for folder in sorted(self.root.iterdir()):
+        for folder in sorted(root.iterdir()):
             if folder.is_dir() and is_visible(folder.name):
                 self.samples += [(path, len(self.classes)) for path in find_images(folder)]
                 self.classes.append(folder.name)
@@ -228,18 +215,16 @@ class Folder(Dataset):
 
 def check_classes(train, val):
     """Refuse splits that do not fit each other, and classes without training images."""
-    names = train.classes
-    unshared = sorted({*names} ^ {*val.classes})
+    unshared = sorted({*train.classes} ^ {*val.classes})
     if unshared:
         raise DataError(f"{train.root} and {val.root} differ: only one has {unshared[:5]}")
-    if len(names) < 2:
-        raise DataError(f"{train.root} has not two classes to tell apart. {KINDS_OF_DATA}")
     filled = {label for _, label in train.samples}
-    empty = [name for label, name in enumerate(names) if label not in filled]
-    if empty:
-        folder = train.root / empty[0]
-        files = os.listdir(folder)[:3]
-        raise DataError(f"{folder} holds no .jpg, .png, ..., only {files}: convert these, or remove it")
+    for label, name in enumerate(train.classes):
+        if label not in filled:
+            folder = train.root / name
+            files = os.listdir(folder)[:3]
+            raise DataError(
+                f"{folder} holds no .jpg, .png, ..., only {files}: convert these, or remove it")
 
 
 def is_visible(name):
@@ -249,13 +234,7 @@ def is_visible(name):
 def find_images(folder):
     """The sorted paths of all images below a folder, without what is hidden."""
     found = []
-    seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
         folders[:] = sorted(filter(is_visible, folders))  # in place: os.walk enters only these
         for name in sorted(filter(is_visible, names)):
             if name.lower().endswith((*IMG_EXTENSIONS, ".jfif")):
@@ -268,25 +247,12 @@ UNREADABLE = (  # what PIL raises
 
 
 def load_image(path):
-    """A file as RGB. Raises BadImage."""
+    """A file as RGB. Raises DataError."""
     try:
         with Image.open(path) as image:
             return to_rgb(image)
     except UNREADABLE as error:
-        raise BadImage(f"cannot read image {path} ({error})") from None
-
-
-def find_bad_images(dataset):
-    """Read a folder of photos -> what is wrong with each bad one. (Millions would take hours.)"""
-    bad = []
-    for split in (dataset.train, dataset.val):
-        if isinstance(split, Folder) and len(split) < 50_000:
-            for path, _ in tqdm(split.samples, f"reading {split.root}", disable=None):
-                try:
-                    load_image(path)
-                except BadImage as error:
-                    bad.append(str(error))
-    return bad
+        raise DataError(f"cannot read image {path} ({error})") from None
 
 
 def to_rgb(image):
@@ -314,12 +280,11 @@ def _open_timm(name):
     finally:
         if waits and first:
             dist.barrier()
-    reader = getattr(train, "reader", None)
-    numbers = getattr(reader, "class_to_idx", None) or {}
-    names = getattr(train, "classes", None) or sorted(numbers, key=numbers.get) or None
-    names = names and list(map(str, names))  # ImageNet's are tuples
-    classes = len(names) if names else max(label for _, label in train) + 1
-    return Images(train, val, classes, names)
+    numbers = getattr(train.reader, "class_to_idx", None) if hasattr(train, "reader") else None
+    classes = getattr(train, "classes", None) or numbers
+    if not classes:  # no names: the labels are counted
+        classes = range(1 + max(label for _, label in train))
+    return Images(train, val, list(map(str, classes)))  # ImageNet's are tuples
 
 
 # ---------- Which samples make up which batch
@@ -361,7 +326,7 @@ def evaluation_batches(size, batch_size, *, rank=0, world=1):
 
 
 class Samples(Dataset):
-    """samples[epoch, index, repeat] = (transformed image, label, seed). Raises BadImage.
+    """samples[epoch, index, repeat] = (transformed image, label, seed). Raises DataError.
 
     The transform's random numbers follow from the seed, as does random erasing later. With `skip_bad`
     the next image takes the place of one that cannot be read.
@@ -384,19 +349,16 @@ class Samples(Dataset):
         image, label = self.read(index)
         return self.transform(image), label, seed
 
-    def read(self, first):
-        size = len(self.dataset)
-        for number in range(first, first + size):
-            index = number % size
-            try:
-                image, label = self.dataset[index]
-                return to_rgb(image), label
-            except UNREADABLE as error:
-                message = f"image {index}: {error}"
-                if not self.skip_bad:
-                    raise BadImage(f"{message}: mend it, or --skip-bad-images") from None
-                print(f"warning: skipped: {message}", flush=True)
-        raise BadImage("none of the images can be read")
+    def read(self, index):
+        try:
+            image, label = self.dataset[index]
+            return to_rgb(image), label
+        except UNREADABLE as error:
+            message = f"image {index}: {error}"
+            if not self.skip_bad:
+                raise DataError(f"{message}: mend it, or --skip-bad-images") from None
+            print(f"warning: skipped: {message}", flush=True)
+            return self.read((index + 1) % len(self.dataset))
 
 
 class Loader:
@@ -474,16 +436,9 @@ class StreamLoader(Loader):
         super().__init__(len(samples.dataset), **common)
         self.erasing = erasing
         self.batches = []  # the keys of the epoch's batches
-        parallel = {}
-        if workers:
-            usual = "fork" if sys.platform == "linux" else "spawn"  # fork is cheapest, and safe there
-            parallel = dict(
-                num_workers=workers,
-                multiprocessing_context=multiprocessing.get_start_method(allow_none=True) or usual,
-                persistent_workers=True,
-                worker_init_fn=leave_process_group)
         self.loader = DataLoader(
-            samples, batch_sampler=self.batches, pin_memory=self.device.type == "cuda", **parallel)
+            samples, batch_sampler=self.batches, pin_memory=self.device.type == "cuda",
+            num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_process_group)
 
     def load(self, batches, epoch=None):
         """As TensorLoader.load."""
@@ -508,10 +463,7 @@ def leave_process_group(worker):
 
 def default_workers():
     """This process's share of the cores, 16 at most: more would exhaust open files before they help."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(1, share))
 
 
@@ -540,10 +492,7 @@ def build_loaders(
     make_transform = partial(
         create_transform, img_size, interpolation="bicubic", mean=mean, std=std,
         use_prefetcher=True)  # then the images are uint8, not yet normalised
-    try:
-        augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
-    except (AssertionError, ValueError) as error:
-        raise DataError(f"auto_augment {auto_augment!r} is not one of timm's: {error}") from error
+    augment = make_transform(is_training=True, auto_augment=auto_augment, color_jitter=None)
     resize = make_transform(crop_pct=crop_pct)
     erasing = None
     if random_erasing:

@@ -7,9 +7,7 @@ or register tokens.
 """
 import argparse
 import contextlib
-import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -19,7 +17,6 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import (
     Cait, VisionTransformer, build_model_with_cfg, generate_default_cfgs, load_state_dict,
@@ -66,14 +63,13 @@ class HookedModel(nn.Module):
 
     def hook(self, layer):
         """Keep the map of one more layer."""
-        class_name = type(self.model).__name__
         count = len(self.model.feature_info)
         if not 0 <= layer < count:
-            raise ModelError(f"layer {layer} is out of range: {class_name} has layers 0 to {count - 1}")
+            raise ModelError(f"layer {layer} is out of range: the model has layers 0 to {count - 1}")
         info = self.model.feature_info[layer]
         module = dict(self.model.named_modules()).get(info["module"])
         if module is None:
-            raise ModelError(f"timm does not tell where {class_name} has its layers")
+            raise ModelError(f"timm does not tell where the model has layer {layer}")
         # A bound method: a deep copy (the EMA) then hooks its own.
         module.register_forward_hook(partial(self._keep, layer))
         self.layers.append(layer)
@@ -102,29 +98,23 @@ class HookedModel(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # [B, N, C] -> [B, C, h, w]
 
 
-class UntrainedMaps(nn.Module):
-    """A control: logits from a trained teacher, maps from one that was never trained.
+class UntrainedMaps(HookedModel):
+    """A control: logits from a trained teacher, maps from a copy of it that was never trained."""
 
-    forward: as a HookedModel's.
-    """
-
-    def __init__(self, teacher, untrained_copy, layers, normalisation):
-        super().__init__()
-        self.of_logits = HookedModel(teacher, [], **normalisation)
-        self.of_maps = HookedModel(untrained_copy, layers, **normalisation)
-        self.layers = self.of_maps.layers
-        self.channels = self.of_maps.channels
+    def __init__(self, teacher, untrained_copy, layers, mean, std):
+        super().__init__(untrained_copy, layers, mean, std)
+        self.of_logits = HookedModel(teacher, (), mean, std)
 
     def forward(self, images):
         logits, _ = self.of_logits(images)
-        _, maps = self.of_maps(images)
+        _, maps = super().forward(images)
         return logits, maps
 
 
 def statistics(model):
     """Mean and std that the model's images are normalised with."""
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    return {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+    config = model.pretrained_cfg
+    return {"mean": config["mean"], "std": config["std"]}
 
 
 def stages(model):
@@ -142,7 +132,7 @@ def check_maps(hooked, img_size):
     Its maps must be those of timm's own forward_intermediates, because models lay out their tokens in
     many ways.
     """
-    name = hooked.model.pretrained_cfg.get("architecture") or type(hooked.model).__name__
+    name = type(hooked.model).__name__
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, img_size, img_size, generator=generator)
     hooked.eval()
@@ -199,21 +189,19 @@ def plain(name, teacher_width=None, **kwargs):
         if not model.feature_info:
             raise LookupError("it has no layers")
         return model
-    except (
-            RuntimeError, TypeError, AssertionError, ArithmeticError, AttributeError,
-            LookupError) as error:
+    except Exception as error:  # whatever a wrong argument makes timm stumble on
         raise ModelError(f"cannot build {name}: {one_line(error)}") from error
 
 
-def check_variant(name, **kwargs):
-    """Refuse all but plain ViT and DeiT models, from which the two variants below are made."""
-    with torch.random.fork_rng(devices=[]):  # a trial, which leaves the random state alone
-        model = plain(name, **kwargs)
+def _plain_vit(name, **kwargs):
+    """A plain ViT or DeiT, from which the two variants below are made."""
+    model = plain(name, **kwargs)
     usual = isinstance(model, VisionTransformer) and hasattr(model.blocks[-1], "attn")
-    if not usual or hasattr(model, "head_dist") or model.attn_pool or model.pool_include_prefix:
+    if not usual or model.attn_pool or model.pool_include_prefix:
         raise ModelError(
             f"lifted and widened students are made from plain ViT or DeiT models, "
-            f"not from {type(model).__name__} {model.pretrained_cfg['architecture']}")
+            f"not from {type(model).__name__} {name}")
+    return model
 
 
 def lifted(name, teacher_width, **kwargs):
@@ -222,11 +210,11 @@ def lifted(name, teacher_width, **kwargs):
     Their output is the feature map of the last layer. The lift is kept at inference: the classifier
     reads the mean over the lifted patch tokens.
     """
-    model = plain(name, **{**kwargs, "global_pool": "avg", "fc_norm": False})
+    model = _plain_vit(name, **kwargs)
     lift = _lift(model.embed_dim, teacher_width)
     model.blocks[-1] = nn.Sequential(model.blocks[-1], *lift)
-    model.norm = nn.Identity()  # the lift has brought its own
-    return _widen_head(model, teacher_width)
+    model.norm = model.fc_norm = nn.Identity()  # the lift has brought its own
+    return _widen_head(model, teacher_width, "avg")
 
 
 def widened(name, teacher_width, **kwargs):
@@ -235,7 +223,7 @@ def widened(name, teacher_width, **kwargs):
     Linear(C_s -> C_t, no bias) and LayerNorm come before it. The final norm and the classifier are as
     wide as the block.
     """
-    model = plain(name, **kwargs)
+    model = _plain_vit(name, **kwargs)
     head_width = model.embed_dim // model.blocks[-1].attn.num_heads
     if teacher_width % head_width:
         raise ModelError(
@@ -260,10 +248,10 @@ def _lift(width, teacher_width):
     return nn.Linear(width, teacher_width, bias=False), nn.LayerNorm(teacher_width, eps=1e-6)
 
 
-def _widen_head(model, width):
+def _widen_head(model, width, pool=None):
     model.embed_dim = model.num_features = model.head_hidden_size = width  # timm reads all three
     model.feature_info[-1]["num_chs"] = width
-    model.reset_classifier(model.num_classes)
+    model.reset_classifier(model.num_classes, pool)
     return model
 
 
@@ -285,8 +273,6 @@ def build_model(
         if config.fixed_input_size:  # a ViT's; a CNN takes no img_size
             timm_kwargs["img_size"] = img_size
     build = VARIANTS[variant]
-    if build is not plain:
-        check_variant(name, **timm_kwargs)
     kwargs = dict(teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
     if weights:
         return _from_file(build, name, weights, random_head, overlay, kwargs)
@@ -343,7 +329,6 @@ def _from_file(build, name, path, random_head, overlay, kwargs):
 
 
 def _from_hub(build, name, overlay, kwargs):
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without its warnings
     try:
         return build(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except Exception as error:  # hub, network and cache errors of many kinds
@@ -422,7 +407,7 @@ def build_teacher(args, classes, untrained=False):
     return build_model(
         args.teacher, num_classes=classes, img_size=args.img_size,
         random_head=args.teacher_head == "random", pretrained=not untrained and not source,
-        weights=None if untrained else source, **args.teacher_kwargs)
+        weights=None if untrained else source)
 
 
 # ---------- Folders of runs, files of weights
@@ -437,8 +422,6 @@ def load_student(run, file="student.safetensors", trained=True):
     path = Path(run) / file
     config = read_config(run)
     settings = config["settings"]
-    if not path.is_file():
-        raise ModelError(f"{run} has no {file} yet")
     width = None
     if settings["variant"] != "plain":
         width = read_weights(path)["head.weight"].shape[1]  # C_t
@@ -454,6 +437,18 @@ def load_student(run, file="student.safetensors", trained=True):
 def is_run(path):
     """Whether a path is the folder of a run."""
     return bool(path) and (Path(path) / "config.json").is_file()
+
+
+def has_weights(run):
+    """Whether a run has got as far as a checkpoint."""
+    return any((Path(run) / name).exists() for name in ("last.pt", "student.safetensors"))
+
+
+def write(path, content):
+    """Write NAME.part, then rename it: a crash leaves the former file whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def read_config(run):
@@ -472,10 +467,7 @@ def implied_settings(student, teacher_weights):
     """{"img_size": ...} from the student's name; with a teacher's run, its image size and its model."""
     if is_run(teacher_weights):
         of_run = read_config(teacher_weights)["settings"]
-        return {
-            "teacher": of_run["student"],
-            "teacher_kwargs": of_run["student_kwargs"],
-            "img_size": of_run["img_size"]}
+        return {"teacher": of_run["student"], "img_size": of_run["img_size"]}
     return {"img_size": pretrained_config(student).input_size[-1]}
 
 
@@ -490,19 +482,16 @@ def read_weights(path):
     try:
         state = load_state_dict(file, use_ema=False, weights_only=True)
     except Exception as error:  # cut short, foreign, or a pickle that could hold code
-        advice = "; save model.state_dict() alone" if "weights_only" in str(error) else ""
-        raise ModelError(f"cannot read {path} as weights{advice}: {one_line(error)}") from error
+        raise ModelError(
+            f"cannot read {path} as weights (save model.state_dict() alone): "
+            f"{one_line(error)}") from error
     if not all(map(torch.is_tensor, state.values())):
-        raise ModelError(f"{path} holds {', '.join(map(str, state))}: save the state_dict alone")
+        raise ModelError(f"{path} holds more than weights: save model.state_dict() alone")
     return state
 
 
-def digest(model):
-    """A fingerprint of a model's weights."""
-    fingerprint = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        fingerprint.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return fingerprint.hexdigest()
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def one_line(error):
@@ -517,16 +506,10 @@ def prepare_console():
         sys.stdout.reconfigure(errors="replace")
 
 
-OF_OTHER_FLAGS = {
-    "num_classes", "img_size", "variant", "teacher_width", "pretrained", "weights", "random_head",
-    "model_name", "name", "pretrained_cfg", "pretrained_cfg_overlay", "features_only"}
-
-
 def key_value(text):
     """Check a KEY=VALUE, which timm's ParseKwargs then splits. (An argparse type.)"""
-    key, equals, _ = text.partition("=")
-    if not equals or key in OF_OTHER_FLAGS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, or other flags decide it")
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return text
 
 
@@ -537,7 +520,7 @@ def choose_device(name=None):
     """This process's device: the one asked for, else cuda, else mps, else cpu. Raises ModelError."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = {
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
         "cpu": processes}  # as many as are wanted
     if not name:

@@ -30,8 +30,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, ParseKwargs, distribute_bn
@@ -65,7 +64,7 @@ RECIPES = {
         warmup_epochs=2.0,
         ema_decay=0.99,
         repeats=1,
-        amp="off",
+        amp=False,
         snapshot_every=3),
     "finetune": dict(  # for a folder of photos: from pretrained weights
         student_weights="pretrained",
@@ -74,17 +73,21 @@ RECIPES = {
         lr=5e-5,
         min_lr=1e-6,
         ema_decay=0.99,
-        repeats=1,
-        snapshot_every=3),
+        repeats=1),
 }
 
 # Groups of rows: name, default, help, choices. A flag of a group that has no effect is refused (see
 # `has_effect` in `check`). The flags of a method stand in losses.py.
 SETTINGS = {"everywhere": [
-    ("recipe", "", "set of defaults; if not given: toy for shapes, else imagenet", RECIPES),
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
     ("skip_bad_images", False, "replace an image that cannot be read by the next"),
+    ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
+    ("amp", True, "bfloat16, on GPUs made for it"),
+    ("out", "", "folder of the run; by default runs/METHOD"),
+    ("eval", False, "print the accuracy of the run in --out"),
+], "training": [
+    ("recipe", "", "set of defaults; if not given: toy for shapes, else imagenet", RECIPES),
     ("img_size", 0, "image size in px; by default the student's, or that of the teacher's run"),
     ("repeats", 3, "copies of an image, one after the other (repeated augmentation)"),
 
@@ -97,26 +100,23 @@ SETTINGS = {"everywhere": [
     ("batch_size", 2048, "images of an update, over all processes"),
     ("accum", 1, "gradient accumulation: parts of a batch"),
     ("lr", 2e-3, "peak learning rate; scaled with --batch-size (finetune: with its square root)"),
-    ("min_lr", 1e-5, "learning rate at the end"),
+    ("min_lr", 1e-5, "learning rate at the end, at most --lr"),
     ("warmup_epochs", 5.0, "linear warm-up from 1e-6; at most a fifth of the training"),
     ("weight_decay", 0.05, "weight decay of AdamW"),
     ("ema_decay", 0.99996, "decay of the running average of the student's weights (EMA)"),
     ("seed", 0, "random seed"),
 
-    ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
-    ("amp", "auto", "bfloat16; auto: on GPUs made for it", ("auto", "on", "off")),
     ("compile", False, "torch.compile both models"),
-    ("out", "", "folder of the run; by default runs/METHOD"),
     ("snapshot_every", 30, "write epoch_NNNN.pt every N epochs"),
     ("resume", False, "go on with the run in --out, or start it"),
-    ("eval", False, "print the accuracy of the run in --out"),
-    ("dry_run", False, "build and print everything, read all photos, train nothing"),
+    ("dry_run", False, "build and print everything, train nothing"),
 ], "shapes": [
     ("train_size", 4000, "training images"),
     ("label_noise", 0.2, "share of the training labels that are random"),
-], "from 64 px": [
-    ("auto_augment", "rand-m9-mstd0.5-inc1", "timm's RandAugment"),
+], "training from 64 px": [
+    ("auto_augment", "rand-m9-mstd0.5-inc1", "timm's RandAugment; '': none", ("rand-m9-mstd0.5-inc1", "")),
     ("random_erasing", 0.25, "probability of random erasing"),
+], "from 64 px": [
     ("crop_pct", 0.875, "share of the image's side that evaluation sees"),
     ("workers", data.default_workers(), "processes that read images"),
 ], "teacher": [
@@ -124,10 +124,10 @@ SETTINGS = {"everywhere": [
 ], "teacher model": [
     ("teacher", "cait_s24_224", "timm model"),
     ("teacher_head", "pretrained", "random: a new one, for other classes", ("pretrained", "random")),
-    ("teacher_kwargs", {}, "for timm"),
-], "layers": [
+], "first and last": [
     ("first", 0, "align the first X layers; if no layer is given: the method's own"),
     ("last", 0, "align the last Y layers"),
+], "layers": [
     ("student_layers", [], "layers of the student, in timm's numbers, from 0, ascending"),
     ("teacher_layers", [], "as many layers of the teacher"),
     ("teacher_maps", "trained", "random: maps of an untrained copy", ("trained", "random")),
@@ -138,22 +138,26 @@ SETTINGS = {"everywhere": [
 
 def train(run):
     """Train from where the run stands to its last epoch."""
-    args, steps = run.args, run.steps
-    for epoch in range(len(run.log), args.epochs):
+    steps = run.steps
+    for epoch in range(len(run.log), run.args.epochs):
         began = time.perf_counter()
         start = run.step - epoch * steps  # updates done already, if the run was stopped in this epoch
-        batches = data.training_batches(
-            run.train_loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
-            repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
-        stream = run.train_loader.load(batches, epoch)
+        stream = stream_of(run, epoch, start)
         run.distiller.train()
-        quiet = True if RANK > 0 else None  # None: tqdm is quiet where there is no terminal
-        for i in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
+        quiet = RANK > 0 or None  # None: tqdm shows its bar where there is a terminal
+        for _ in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
             update(run, stream)
             stop_after_signal(run.signal, [run])
-            if i % 50 == 49:
-                checked_sums(run)  # stops the run if the loss is NaN
-        end_epoch(run, steps - start, time.perf_counter() - began)
+        end_epoch(run, steps - start, began)
+
+
+def stream_of(run, epoch, start):
+    """The images and labels of an epoch, from the update `start` on."""
+    args, loader = run.args, run.train_loader
+    batches = data.training_batches(
+        loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
+        repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
+    return loader.load(batches, epoch)
 
 
 def update(run, stream):
@@ -188,30 +192,30 @@ def learn(run, part, images, labels, taught):
         run.step += 1
 
 
-def end_epoch(run, updates, seconds):
-    """Evaluate and record an epoch, of which this program has made `updates` in `seconds`."""
+def end_epoch(run, updates, began):
+    """Evaluate and record an epoch, of which this program has made `updates`, since the time `began`."""
+    images_per_s = updates * run.args.batch_size / (time.perf_counter() - began)
     sums = checked_sums(run)
     save(run, sums)  # so that nothing is lost if the program is killed during evaluation
-    began = time.perf_counter()
     evaluated = [run.student, run.ema.module]
     if WORLD > 1:
         for model in evaluated:
             # The processes' BatchNorm statistics differ by the last update: average them.
             distribute_bn(model, WORLD, reduce=True)
-    student, ema = evaluate(evaluated, run.val_loader, run.autocast)
+    student, ema = evaluate(evaluated, run.val_loader, run.args.amp)
     terms = {name: value.item() / run.steps for name, value in sums.items()}
     run.log.append({
         "epoch": len(run.log),
         "step": run.step,
         "lr": run.optimizer.param_groups[0]["lr"],
-        "loss": sum(terms.values()),
         "terms": terms,
         "top1": student[0],
         "top5": student[1],
         "ema_top1": ema[0],
         "ema_top5": ema[1],
-        "images_per_s": updates * run.args.batch_size / seconds,
-        "seconds": seconds + time.perf_counter() - began})
+        "device": f"{run.train_loader.device}, bfloat16 {run.args.amp}",
+        "images_per_s": images_per_s,
+        "seconds": time.perf_counter() - began})
     run.sums = {}
     if RANK == 0:
         report(run)
@@ -227,27 +231,26 @@ def checked_sums(run):
         sums /= WORLD
     refuse(not sums.isfinite().all(),
            f"{run.out}: at step {run.step} the sums of {[*run.sums]} are {sums.tolist()}: "
-           f"lower --lr or --beta, or give --amp off")
+           f"lower --lr or --beta, or give --no-amp")
     return dict(zip(run.sums, sums))
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # without torch.compile, whose graphs have fixed batches
-def evaluate(evaluated, loader, autocast):
-    """[top-1 %, top-5 %, cross-entropy] of each model. The processes share the images."""
-    totals = torch.zeros(len(evaluated), 3, device=loader.device)
+def evaluate(evaluated, loader, amp):
+    """[top-1 %, top-5 %] of each model. The processes share the images."""
+    totals = torch.zeros(len(evaluated), 2, device=loader.device)
     for model in evaluated:
         model.eval()
     batches = data.evaluation_batches(
         loader.size, loader.evaluation_batch, rank=RANK, world=WORLD)
     for images, labels in loader.load(batches):
         for model, total in zip(evaluated, totals):
-            with autocast:
+            with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
                 logits, _ = model(images)
             correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             total[0] += 100 * correct[:, 0].sum()
             total[1] += 100 * correct.sum()
-            total[2] += F.cross_entropy(logits.float(), labels, reduction="sum")
     if WORLD > 1:
         dist.all_reduce(totals)
     return (totals.cpu().double() / loader.size).tolist()
@@ -306,32 +309,29 @@ def build(args, classes):
         teacher_width=width, **args.student_kwargs)
     refuse(hasattr(student, "head_dist"),
            f"{args.student} has two classifiers: take the model without 'distilled' in its name")
-    downloads = args.student_weights == "pretrained"
-    if args.student_weights and not (args.dry_run and downloads) and not has_weights(args.out):
+    if args.student_weights and not args.dry_run and not models.has_weights(args.out):
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))
 
-    options = {name: getattr(args, name) for name in method.options()}
     layers_s, layers_t = [], []
     if method.first or method.last:  # it compares feature maps
         layers_s, layers_t = models.pair_layers(student, teacher, args)
     hooked_s = models.HookedModel(student, layers_s)
     models.check_maps(hooked_s, args.img_size)
-    if not method.needs_teacher:
-        return None, losses.Distiller(hooked_s, method(**options))
-
-    # The loaders normalise the images for the student, so the teacher has to do it anew.
-    if args.teacher_maps == "random":
-        twin = models.build_teacher(args, classes, untrained=True)
-        hooked_t = models.UntrainedMaps(teacher, twin, layers_t, models.statistics(student))
-        models.check_maps(hooked_t.of_logits, args.img_size)
-        models.check_maps(hooked_t.of_maps, args.img_size)
-    else:
-        hooked_t = models.HookedModel(teacher, layers_t, **models.statistics(student))
+    hooked_t = None
+    options = {name: getattr(args, name) for name in method.options()}
+    if method.needs_teacher:
+        # The loaders normalise the images for the student, so the teacher has to do it anew.
+        normalisation = models.statistics(student)
+        if args.teacher_maps == "random":
+            copy = models.build_teacher(args, classes, untrained=True)
+            hooked_t = models.UntrainedMaps(teacher, copy, layers_t, **normalisation)
+        else:
+            hooked_t = models.HookedModel(teacher, layers_t, **normalisation)
         models.check_maps(hooked_t, args.img_size)
-    hooked_t.eval().requires_grad_(False)
-    channels = list(zip(hooked_s.channels, hooked_t.channels))
-    return hooked_t, losses.Distiller(hooked_s, method(channels=channels, **options))
+        hooked_t.eval().requires_grad_(False)
+        options["channels"] = list(zip(hooked_s.channels, hooked_t.channels))
+    return hooked_t, losses.Distiller(hooked_s, method(**options))
 
 
 class Run:
@@ -340,7 +340,7 @@ class Run:
     def __init__(self, args, device, dataset, teacher, distiller):
         self.args = args
         self.out = Path(args.out)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
         self.distiller = distiller.to(device)
         self.student = distiller.student
         self.teacher = teacher
@@ -353,10 +353,9 @@ class Run:
         self.sums = {}  # {term: its sum over the epoch}
         self.signal = 0  # the last signal received
         self.optimizer = create_optimizer_v2(
-            distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay,
-            fused=device.type != "mps")
+            distiller, "adamw", lr=args.lr, weight_decay=args.weight_decay, fused=True)
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, "cosine", num_epochs=args.epochs, min_lr=args.min_lr,
+            self.optimizer, "cosine", num_epochs=args.epochs, min_lr=min(args.min_lr, args.lr),
             warmup_lr=1e-6, warmup_epochs=min(args.warmup_epochs, args.epochs / 5),
             step_on_epochs=False, updates_per_epoch=self.steps)
         # Without use_warmup the student's random first weights would dominate the average.
@@ -367,7 +366,7 @@ class Run:
                 teacher.compile(fullgraph=True, dynamic=False)
         self.ddp = distiller
         if WORLD > 1:
-            self.ddp = DistributedDataParallel(distiller, gradient_as_bucket_view=True)
+            self.ddp = DistributedDataParallel(distiller)
 
 
 def make_loaders(args, device, dataset, student):
@@ -384,21 +383,20 @@ def describe(args, dataset, teacher, distiller):
     images = torch.randn(2, 3, args.img_size, args.img_size)
     taught = teacher(images) if teacher else None
     distiller(images, torch.tensor([0, 1]), taught)
-    status, commit = subprocess.getstatusoutput(
+    commit = subprocess.getoutput(
         f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
     return {
-        "settings": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
-        "parameters": {
-            "student": count_parameters(distiller.student),
-            "method": count_parameters(distiller.method),
-            "teacher": count_parameters(teacher) if teacher else 0},
+        "settings": vars(args),
+        "parameters": {name: models.count_parameters(part) for name, part in distiller.named_children()},
         "layers": {
             "student": distiller.student.layers,
             "teacher": teacher.layers if teacher else []},
-        "images": dataset.counts(),
-        "class_names": dataset.names,
-        "teacher_digest": models.digest(teacher) if teacher else "",
-        "commit": None if status else commit,
+        "images": {
+            "train": len(dataset.train),
+            "val": len(dataset.val),
+            "classes": len(dataset.classes)},
+        "class_names": dataset.classes,
+        "commit": commit,
         "versions": {
             "torch": torch.__version__,
             "timm": timm.__version__,
@@ -406,49 +404,24 @@ def describe(args, dataset, teacher, distiller):
         "command": shlex.join(sys.argv)}
 
 
-def count_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 # ---------- Files
 
 
-@contextlib.contextmanager
 def claimed(out):
-    """Lock a run's folder, so that no other program trains in it."""
-    if RANK > 0:
-        yield
-        return
-    Path(out).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(out) / "run.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another program trains in {out}: choose another --out") from None
-
-
-def has_weights(out):
-    """Whether the run in a folder has got as far as a checkpoint. (models.is_run: has begun.)"""
-    return any((Path(out) / name).exists() for name in ("last.pt", "student.safetensors"))
-
-
-def write(path, content):
-    """Write NAME.part, then rename it: a crash leaves the former file whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    """A lock that makes a run's folder, and keeps other programs from training in it."""
+    return FileLock(f"{out}/in-use-{RANK}.lock", timeout=0)
 
 
 def write_torch(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getbuffer())
+    models.write(path, buffer.getbuffer())
 
 
 def write_weights(path, model):
     # Cloned: safetensors refuses tensors that share memory.
     weights = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
-    write(path, safetensors.torch.save(weights))
+    models.write(path, safetensors.torch.save(weights))
 
 
 def save(run, sums):
@@ -470,24 +443,14 @@ def save(run, sums):
 
 def load(run):
     """Go on from last.pt."""
-    path = run.out / "last.pt"
-    try:
-        state = torch.load(path, map_location=run.train_loader.device, weights_only=True)
-        run.distiller.load_state_dict(state["distiller"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.ema.module.load_state_dict(state["ema"])
-    except Exception as error:  # a file that is cut short, or another program's, or a pickle with code
-        reason = models.one_line(error)
-        raise UserError(f"{path} is damaged or foreign ({reason}): use another --out") from error
+    device = run.train_loader.device
+    state = torch.load(run.out / "last.pt", map_location=device, weights_only=True)
+    run.distiller.load_state_dict(state["distiller"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.ema.module.load_state_dict(state["ema"])
     run.step = state["step"]
     run.log = state["log"]
     run.sums = state["sums"]
-    if WORLD > 1:
-        states = [None] * WORLD
-        dist.all_gather_object(states, (run.step, models.digest(run.distiller)))
-        refuse(len({*states}) > 1, f"the nodes hold different runs in {run.out}: share one disk")
-    epochs = run.args.epochs
-    refuse(run.step > epochs * run.steps, f"the run is beyond --epochs {epochs} already")
 
 
 def write_epoch(run):
@@ -501,7 +464,7 @@ def write_epoch(run):
     write_weights(run.out / "student.safetensors", run.student.model)
     write_weights(run.out / "student_ema.safetensors", run.ema.module.model)
     lines = [json.dumps(each) + "\n" for each in run.log]
-    write(run.out / "log.jsonl", "".join(lines).encode())
+    models.write(run.out / "log.jsonl", "".join(lines).encode())
 
 
 def report(run):
@@ -509,29 +472,22 @@ def report(run):
     done, epochs = len(run.log), run.args.epochs
     terms = " + ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
     minutes = line["seconds"] * (epochs - done) / 60
-    say(f"epoch {done:3d}/{epochs}  loss {line['loss']:.4f} = {terms}  top-1 {line['top1']:.2f} %  "
-        f"EMA {line['ema_top1']:.2f} %  {line['images_per_s']:.0f} images/s  {minutes:.1f} min left")
+    say(f"epoch {done:3d}/{epochs}  loss {sum(line['terms'].values()):.4f} = {terms}  "
+        f"top-1 {line['top1']:.2f} %  EMA {line['ema_top1']:.2f} %  "
+        f"{line['images_per_s']:.0f} images/s  {minutes:.1f} min left")
 
 
 # ---------- The command line
 
-NOT_SAVED = {"resume", "eval", "dry_run"}  # in config.json
 MAY_CHANGE = {  # from a run to its continuation with --resume
-    *NOT_SAVED, "data", "skip_bad_images", "teacher_weights", "epochs", "out",
-    "snapshot_every", "workers", "device", "amp", "compile"}
-EVAL_FLAGS = {
-    "--eval", "--out", "--data", "--method", "--crop-pct", "--workers", "--device", "--amp",
-    "--skip-bad-images"}
-LAYER_FLAGS = {"--first", "--last", "--student-layers", "--teacher-layers"}
+    "resume", "data", "skip_bad_images", "epochs", "out", "snapshot_every",
+    "workers", "device", "amp", "compile"}
 SHARES = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
-ABOVE_0 = {
-    "train_size", "img_size", "repeats", "crop_pct", "epochs", "batch_size", "accum", "lr",
-    "snapshot_every"}
+ABOVE_0 = {"repeats", "crop_pct", "epochs", "batch_size", "accum", "snapshot_every"}
 
 
 def parse(argv):
-    """-> the settings, the flags that were typed, and config.json of the run that goes on, or {}."""
-    typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    """-> the settings, and config.json of the run that goes on, or {}."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False)
@@ -546,24 +502,23 @@ def parse(argv):
         config = models.read_config(out)
     saved = {**config.get("settings", {}), "out": out}
     method = METHODS[saved.get("method", early.method)]
-    for name, (default, text) in method.options().items():
-        add_flag(parser, name, default, text)
-    parser.add_argument("-h", "--help", action="help", help="show this")
+    if not early.eval:
+        for name, (default, text) in method.options().items():
+            add_flag(parser, name, default, text)
+    parser.add_argument("-h", "--help", action="help")
 
     recipe = early.recipe or ("toy" if early.data == "shapes" else "imagenet")
-    parser.set_defaults(**RECIPES[recipe], recipe=recipe)
-    if "--batch-size" in typed:
-        factor = early.batch_size / parser.get_default("batch_size")
-        power = 0.5 if recipe == "finetune" else 1  # square root, or linear
-        parser.set_defaults(lr=parser.get_default("lr") * factor**power)
-    parser.set_defaults(variant=method.variant)
-    if not typed & LAYER_FLAGS:
+    parser.set_defaults(**RECIPES[recipe], recipe=recipe, variant=method.variant)
+    if not (early.first or early.last):
         parser.set_defaults(first=method.first, last=method.last)
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)  # 2: student and teacher, from which the size of the images follows
-    implied = models.implied_settings(args.student, args.teacher_weights)
-    parser.set_defaults(**{**implied, **saved})
-    return parser.parse_args(argv), typed, config  # 3: all settings
+    args = parser.parse_args(argv)  # 2: those that imply others
+    factor = args.batch_size / parser.get_default("batch_size")  # 1 if it was not typed
+    power = 0.5 if recipe == "finetune" else 1  # square root, or linear
+    parser.set_defaults(lr=parser.get_default("lr") * factor**power)
+    parser.set_defaults(**models.implied_settings(args.student, args.teacher_weights))
+    parser.set_defaults(**saved)
+    return parser.parse_args(argv), config  # 3: all settings
 
 
 def add_flag(parser, name, default, text, choices=None):
@@ -587,51 +542,50 @@ def refuse(condition, message):
         raise UserError(message)
 
 
-def check(args, typed, config, dataset):
+def check(args, argv, config, dataset):
     """Refuse what has no effect, is out of range, or does not fit the data, a run, or other settings."""
     method = METHODS[args.method]
-    from_run = models.is_run(args.teacher_weights)
+    needs_teacher = method.needs_teacher or args.variant != "plain"
+    needs_layers = method.first or method.last
+    typed = {word.partition("=")[0] for word in argv}
     has_effect = {
+        "training": True,
         "shapes": args.data == "shapes",
-        "from 64 px": args.img_size >= 64,
+        "training from 64 px": args.img_size >= 64,
         "teacher": method.needs_teacher,
-        "teacher model": (method.needs_teacher or args.variant != "plain") and not from_run,
-        "layers": method.first or method.last}
+        "teacher model": needs_teacher and not models.is_run(args.teacher_weights),
+        "layers": needs_layers,
+        "first and last": needs_layers and not args.student_layers}
+    if args.eval:
+        has_effect = dict.fromkeys(has_effect, False)
+    has_effect["from 64 px"] = args.img_size >= 64
     for group, effect in has_effect.items():
         given = typed & {flag(name) for name, *_ in SETTINGS[group]}
         refuse(given and not effect, f"{', '.join(sorted(given))} has no effect here: leave it out")
-    given = ", ".join(sorted(typed - EVAL_FLAGS))
-    refuse(args.eval and given, f"{given} has no effect with --eval: leave it out")
-    refuse(args.student_layers and typed & {"--first", "--last"},
-           "give either --first and --last, or --student-layers and --teacher-layers")
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in method.options():  # a method checks its own
             most = 1 if name in SHARES else 2**31
             within = 0 <= value <= most and (value or name not in ABOVE_0)
             refuse(not within, f"{flag(name)} {value} is out of range")
-    classes = [dataset.classes, dataset.names]
     for folder in (args.out if config else "", args.teacher_weights):
         if models.is_run(folder):
             known = models.read_config(folder)
-            refuse([known["images"]["classes"], known.get("class_names")] != classes,
+            refuse(known.get("class_names") != dataset.classes,
                    f"{folder} and {args.data} differ in their classes or the order of them")
     if args.eval:
         return
     images = len(dataset.train)
     if config:
         for name, value in config["settings"].items():
-            now = json.loads(json.dumps(getattr(args, name, value)))  # as in the file: no tuples
-            changed = name not in MAY_CHANGE and now != value
+            changed = name not in MAY_CHANGE and getattr(args, name, value) != value
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"with --student-weights {args.out}")
         former = config["images"]["train"]
-        refuse(has_weights(args.out) and former != images,
-               f"the run had {former} training images, {args.data} has {images}")
+        refuse(former != images, f"the run had {former} training images, {args.data} has {images}")
     else:
-        refuse(has_weights(args.out) and not args.dry_run,
+        refuse(models.has_weights(args.out) and not args.dry_run,
                f"{args.out} holds a run: remove it, --resume it, or give another --out")
-    refuse(args.min_lr > args.lr, f"--min-lr is above --lr {args.lr:.3g}: give both")
-    refuse(args.batch_size > images and not args.dry_run,
+    refuse(args.batch_size > images,
            f"{images} images do not fill a batch of {args.batch_size}: take --recipe finetune, "
            f"or lower --batch-size")
     refuse(args.batch_size % (WORLD * args.accum),
@@ -642,8 +596,8 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    lines = (str(message) or repr(message)).splitlines()
-    line = lines[-1].removeprefix("data.BadImage: ")  # a data worker's error is a traceback
+    *_, line = str(message).splitlines()  # a data worker's error is a traceback, and this its last line
+    line = line.removeprefix("data.DataError: ")
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -658,16 +612,14 @@ def say(text):
 
 def read_settings(argv):
     """-> the settings, the device, the data set, and config.json of the run that goes on, all checked."""
-    args, typed, config = parse(argv)
-    refuse(WORLD > 1 and "RANK" not in os.environ, "WORLD_SIZE is set, but not RANK: use torchrun")
+    args, config = parse(argv)
     device = models.choose_device(args.device)
-    if args.amp == "auto":
-        args.amp = "on" if models.has_bfloat16(device) else "off"
-    if "RANK" in os.environ and not dist.is_initialized():
+    args.amp = args.amp and models.has_bfloat16(device)
+    if WORLD > 1 and not dist.is_initialized():
         nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     dataset = data.open_data(args.data, args.train_size, args.label_noise, only_val=args.eval)
-    check(args, typed, config, dataset)
+    check(args, argv, config, dataset)
     return args, device, dataset, config
 
 
@@ -676,45 +628,29 @@ def run_program(argv):
     if args.eval:
         show_accuracy(args, device, dataset)
     elif args.dry_run:
-        teacher, distiller = build(args, dataset.classes)
+        teacher, distiller = build(args, len(dataset.classes))
         say(json.dumps(describe(args, dataset, teacher, distiller), indent=1))
-        bad = data.find_bad_images(dataset)
-        for message in bad:
-            say(message)
-        refuse(bad and not args.skip_bad_images,
-               f"{len(bad)} images cannot be read: mend them, or --skip-bad-images")
     else:
         with claimed(args.out):
             run = prepare(args, device, dataset, config)
             with signals_remembered(run):
                 if run.teacher:
-                    show_teacher(run, dataset.classes)
+                    show_teacher(run, len(dataset.classes))
                 train(run)
-            run.train_loader = run.val_loader = None  # ends their workers now: at exit each takes 5 s
             say(f"done: {run.out}; curves and layers: python analyze.py --models {run.out}")
 
 
 def prepare(args, device, dataset, config):
     """-> the Run, ready to train."""
-    teacher, distiller = build(args, dataset.classes)
-    batchnorm = any(hasattr(module, "running_mean") for module in distiller.modules())
-    refuse(batchnorm and args.batch_size == WORLD * args.accum,
-           f"{args.student} has BatchNorm, which needs two images a process: raise --batch-size")
+    teacher, distiller = build(args, len(dataset.classes))
     record = describe(args, dataset, teacher, distiller)
     run = Run(args, device, dataset, teacher, distiller)
     if config:
-        refuse(config["teacher_digest"] != record["teacher_digest"],
-               f"{args.teacher_weights or args.teacher} is not the teacher of the run")
         record["command"] = config["command"]
-        if args.epochs != config["settings"]["epochs"]:
-            record["command"] += f" --epochs {args.epochs}"
-            say("warning: with other --epochs the learning rate jumps")
-    if has_weights(args.out):
+    if models.has_weights(args.out):
         load(run)
-    start = {"step": run.step, "device": str(device), "amp": args.amp}
-    record["starts"] = [*config.get("starts", []), start]
     if RANK == 0:
-        write(run.out / "config.json", json.dumps(record, indent=1).encode())
+        models.write(run.out / "config.json", json.dumps(record, indent=1).encode())
     say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
         f"{record['images']}: {args.epochs} epochs of {run.steps} updates, batches of "
         f"{args.batch_size}, learning rate {args.lr:.3g}, {device}, bfloat16 {args.amp}")
@@ -723,7 +659,7 @@ def prepare(args, device, dataset, config):
 
 def show_teacher(run, classes):
     """Print the teacher's accuracy, and warn if it is near chance."""
-    top1, top5, _ = evaluate([run.teacher], run.val_loader, run.autocast)[0]
+    top1, top5 = evaluate([run.teacher], run.val_loader, run.args.amp)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     chance = 100 / classes
     if top1 < chance + (100 - chance) / 10:
@@ -739,31 +675,18 @@ def show_accuracy(args, device, dataset):
         student = models.load_student(args.out, file)
         students.append(models.HookedModel(student).to(device))
     _, loader = make_loaders(args, device, dataset, students[0])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "on")
-    for file, (top1, top5, loss) in zip(files, evaluate(students, loader, autocast)):
-        say(f"{file}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}, "
-            f"{loader.size} images, bfloat16 {args.amp}")
+    for file, (top1, top5) in zip(files, evaluate(students, loader, args.amp)):
+        say(f"{file}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, {loader.size} images, "
+            f"bfloat16 {args.amp}")
 
 
-FAULTS_OF_THE_MACHINE = {  # a word of PyTorch's message, and what it means
-    "allocate": "out of memory: lower --batch-size, or raise --accum",
-    "DataLoader worker": "a process that reads images was ended: lower --workers",
-    "Connection": "another process is gone"}
-
-
-def main(argv=None):
+def main(argv=sys.argv[1:], program=run_program):
+    """Run a program, this one or one of results/, and answer a mistake in one line."""
     models.prepare_console()
     try:
-        run_program(sys.argv[1:] if argv is None else argv)
+        program(argv)
     except (data.DataError, models.ModelError, losses.LossError, UserError, OSError) as error:
         fail(error)
-    except RuntimeError as error:
-        for word, meaning in FAULTS_OF_THE_MACHINE.items():
-            if word in str(error):
-                fail(f"{meaning} ({models.one_line(error)})")
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

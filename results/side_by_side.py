@@ -17,41 +17,39 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
 import models
 import train_kd
-from train_kd import RANK, WORLD, UserError
+from train_kd import UserError
 
 MUST_BE_COMMON = (
     "data", "train_size", "label_noise", "skip_bad_images", "img_size", "repeats", "auto_augment",
-    "random_erasing", "crop_pct", "teacher", "teacher_weights", "teacher_kwargs", "teacher_head",
-    "teacher_maps", "epochs", "batch_size", "accum", "seed", "device", "amp", "compile")
+    "random_erasing", "crop_pct", "teacher", "teacher_weights", "teacher_head", "epochs",
+    "batch_size", "accum", "seed", "device", "amp", "compile")
 
 
-def main():
-    common, *parts = split_at_dashes(sys.argv[1:])
-    try:
-        settled = [train_kd.read_settings([*common, *part]) for part in parts]
-        check_common(settled)
-        with contextlib.ExitStack() as stack:
-            runs = []
-            for part, (args, device, dataset, config) in zip(parts, settled):
-                stack.enter_context(train_kd.claimed(args.out))
-                # The command on record trains this student alone.
-                sys.argv = ["train_kd.py", *common, *part]
-                runs.append(train_kd.prepare(args, device, dataset, config))
-            teacher = share(runs)
-            stack.enter_context(train_kd.signals_remembered(runs[0]))
-            train(runs, teacher)
-    except (ValueError, OSError) as error:
-        train_kd.fail(error)
+def run_program(argv):
+    common, *parts = split_at_dashes(argv)
+    settled = [train_kd.read_settings([*common, *part]) for part in parts]
+    check_common(settled)
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for part, (args, device, dataset, config) in zip(parts, settled):
+            stack.enter_context(train_kd.claimed(args.out))
+            # The command on record trains this student alone.
+            sys.argv = ["train_kd.py", *common, *part]
+            runs.append(train_kd.prepare(args, device, dataset, config))
+        teacher = share(runs)
+        stack.enter_context(train_kd.signals_remembered(runs[0]))
+        train(runs, teacher)
 
 
 def check_common(settled):
     train_kd.refuse(not settled, "give each student as a part: -- --method soft -- --method lift")
     first, *_ = settled[0]
     for args, *_ in settled:
-        train_kd.refuse(args.eval or args.dry_run, "side by side there is no --eval, no --dry-run")
+        # An untrained copy is drawn after the student: unlike students have unlike ones.
+        train_kd.refuse(args.eval or args.dry_run or args.teacher_maps == "random",
+                        "side by side there is no --eval, --dry-run, --teacher-maps random")
         for name in MUST_BE_COMMON:
             mine, theirs = getattr(args, name), getattr(first, name)
             train_kd.refuse(mine != theirs, f"{train_kd.flag(name)} must be common: {mine}, {theirs}")
@@ -81,40 +79,30 @@ def share(runs):
         if run.teacher:
             run.layers = list(run.teacher.layers)
             teacher = teacher or run.teacher
-            # An untrained copy is drawn after the student, so that unlike students have unlike ones.
-            same = models.digest(run.teacher) == models.digest(teacher)
-            train_kd.refuse(not same, f"{run.out} has another teacher")
-            hooked = getattr(teacher, "of_maps", teacher)
             for layer in run.layers:
-                if layer not in hooked.layers:
-                    hooked.hook(layer)
+                if layer not in teacher.layers:
+                    teacher.hook(layer)
     return teacher
 
 
 def train(runs, teacher):
     """As train_kd.train. A run whose loss is NaN ends, and the others go on."""
     first = runs[0]
-    args, steps, loader = first.args, first.steps, first.train_loader
-    for epoch in range(min(len(run.log) for run in runs), args.epochs):
+    steps = first.steps
+    for epoch in range(min(len(run.log) for run in runs), first.args.epochs):
         began = time.perf_counter()
         start = max(0, min(run.step for run in runs) - epoch * steps)
-        batches = data.training_batches(
-            loader.size, args.batch_size, seed=args.seed, epoch=epoch, start=start,
-            repeats=args.repeats, accum=args.accum, rank=RANK, world=WORLD)
-        stream = loader.load(batches, epoch)
+        stream = train_kd.stream_of(first, epoch, start)
         for step in range(epoch * steps + start, (epoch + 1) * steps):
             active = [run for run in runs if run.step == step]  # without those that are ahead
-            for part in range(args.accum):
+            for part in range(first.args.accum):
                 images, labels = next(stream)
                 learn_all(active, part, images, labels, teacher, first.autocast)
             train_kd.stop_after_signal(first.signal, active)
-            if step % 50 == 49:
-                runs = sound_runs(runs)
-        seconds = time.perf_counter() - began
         runs = sound_runs(runs)
         for run in runs:
             if len(run.log) == epoch:
-                train_kd.end_epoch(run, steps - start, seconds / len(runs))
+                train_kd.end_epoch(run, steps - start, began)
 
 
 def learn_all(runs, part, images, labels, teacher, autocast):
@@ -145,7 +133,7 @@ def sound_runs(runs):
 
 
 if __name__ == "__main__":
-    main()
+    train_kd.main(program=run_program)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

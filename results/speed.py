@@ -20,9 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
 import train_kd
-from train_kd import RANK, WORLD
+from train_kd import WORLD
 
 
 def time_parts(runs, classes, updates):
@@ -41,20 +40,13 @@ def time_parts(runs, classes, updates):
 
     def study():
         with run.autocast:
-            logits, maps = run.student(images)
+            logits, _ = run.student(images)
         F.cross_entropy(logits, labels).backward()
-        return logits.detach().requires_grad_(), [A.detach().requires_grad_() for A in maps]
-
-    taught = teach()
-    logits, maps = study()
-
-    def compare():
-        with run.autocast:
-            terms = run.distiller.method(labels, logits, maps, *(taught or ()))
-        sum(terms.values()).backward()
 
     def update():
         train_kd.update(run, in_memory)
+
+    taught = teach()
 
     def update_all():
         update()
@@ -69,35 +61,28 @@ def time_parts(runs, classes, updates):
         run.optimizer.step()
         run.optimizer.zero_grad()
 
-    parts = dict(
-        step=update, floor=floor, teacher=teach, student=study, losses=compare, all=update_all)
+    parts = dict(step=update, floor=floor, teacher=teach, student=study, all=update_all)
     times = {part: [] for part in parts}
     for _ in range(updates + 1):  # in turn, so that a drift of the machine meets all of them
         for part, work in parts.items():
             times[part].append(milliseconds(work, device))
     medians = {part: float(np.median(each[1:])) for part, each in times.items()}  # the first warms up
-    for part in ("teacher", "student", "losses"):
+    for part in ("teacher", "student"):
         medians[part] *= accum
     return medians
 
 
 def time_loader(run, updates):
     """Mean ms that an update waits for the real loader, and mean ms of the update itself."""
-    args, loader = run.args, run.train_loader
-
-    def endless():
-        for epoch in itertools.count():
-            yield from loader.load(data.training_batches(
-                loader.size, args.batch_size, seed=0, epoch=epoch, repeats=args.repeats,
-                accum=args.accum, rank=RANK, world=WORLD), epoch)
-
-    stream = endless()
+    device = run.train_loader.device
+    epochs = (train_kd.stream_of(run, epoch, start=0) for epoch in itertools.count())
+    stream = itertools.chain.from_iterable(epochs)
     waits, steps = [], []
     for _ in range(updates + 1):
         began = time.perf_counter()
-        fetched = [next(stream) for _ in range(args.accum)]
+        fetched = [next(stream) for _ in range(run.args.accum)]
         waits.append(1000 * (time.perf_counter() - began))
-        steps.append(milliseconds(lambda: train_kd.update(run, iter(fetched)), loader.device))
+        steps.append(milliseconds(lambda: train_kd.update(run, iter(fetched)), device))
     return float(np.mean(waits[1:])), float(np.mean(steps[1:]))  # the first starts the workers
 
 
@@ -115,19 +100,20 @@ def measure(argv):
     own, others = parser.parse_known_args(argv)
     # A dry run has random weights, and its folder need not be free.
     args, device, dataset, _ = train_kd.read_settings([*others, "--dry-run"])
+    classes = len(dataset.classes)
     runs = []
     for _ in range(own.students):
-        teacher, distiller = train_kd.build(args, dataset.classes)
+        teacher, distiller = train_kd.build(args, classes)
         runs.append(train_kd.Run(args, device, dataset, teacher, distiller))
     run = runs[0]
-    ms = time_parts(runs, dataset.classes, own.updates)
+    ms = time_parts(runs, classes, own.updates)
     ms["loader"], step = time_loader(run, own.updates)
     loop = ms["loader"] + step
     name = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     hours = loop / 3.6e6 * run.steps * args.epochs
-    return {
+    result = {
         "command": " ".join(["speed.py", *argv]),
         "ms": {part: round(value, 2) for part, value in ms.items()},
         "step_to_floor": round(ms["step"] / ms["floor"], 3),
@@ -141,17 +127,10 @@ def measure(argv):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": name}
-
-
-def main(argv=None):
-    try:
-        result = measure(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
-        train_kd.fail(error)
     train_kd.say(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    train_kd.main(program=measure)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -27,10 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from analyze import save
 from models import ModelError, read_config
-
-
-class UserError(ValueError):
-    """What a user can mend."""
+from train_kd import UserError, fail
 
 
 # ---------- Records: the lines of study.jsonl
@@ -309,17 +306,11 @@ def draw_dose(runs, path):
 
 
 def draw_rates(runs, path):
-    """Top-1 by learning rate: a panel a setup, a curve a method with three rates. A rate that only one
-    method has is left out, as is 0, of older records that do not tell it."""
+    """Top-1 by learning rate: a panel a setup, a curve a method with three rates."""
     panels = defaultdict(dict)
     for setup, own in group(runs, "setup").items():
-        methods = group(own, "label")
-        shared = []
-        for rate, some in group(own, "rate").items():
-            if rate and (len(group(some, "label")) > 1 or len(methods) == 1):
-                shared.append(rate)
         for (label, beta), curve in group(own, "label", "beta").items():
-            rates = group([run for run in curve if run.rate in shared], "rate")
+            rates = group(curve, "rate")
             if beta:
                 label += f", beta {beta:g}"
             if len(rates) >= 3:
@@ -386,7 +377,7 @@ def study(source, out, less):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = fail
     parser.add_argument("source", type=Path, help="a folder of runs, or of a study.jsonl")
     parser.add_argument("--out", type=Path, help="for study.jsonl and figures (default: source)")
     parser.add_argument("--less", nargs="+", default=[], metavar="NAME",
@@ -395,7 +386,7 @@ def main(argv=None):
     try:
         study(args.source, args.out or args.source, args.less)
     except (UserError, ModelError, OSError) as error:
-        parser.error(error)
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -454,8 +454,7 @@ def write(path, content):
 def read_config(run):
     """config.json of a run's folder. Raises ModelError if there is none."""
     try:
-        text = (Path(run) / "config.json").read_text(encoding="utf-8")
-        config = json.loads(text)
+        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
         if "settings" not in config:
             raise ValueError("config.json is another program's")
         return config
@@ -520,7 +519,7 @@ def choose_device(name=None):
     """This process's device: the one asked for, else cuda, else mps, else cpu. Raises ModelError."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     available = {
-        "cuda": torch.cuda.device_count(),
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
         "cpu": processes}  # as many as are wanted
     if not name:

@@ -443,8 +443,8 @@ def save(run, sums):
 
 def load(run):
     """Go on from last.pt."""
-    device = run.train_loader.device
-    state = torch.load(run.out / "last.pt", map_location=device, weights_only=True)
+    state = torch.load(
+        run.out / "last.pt", map_location=run.train_loader.device, weights_only=True)
     run.distiller.load_state_dict(state["distiller"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.ema.module.load_state_dict(state["ema"])
@@ -580,8 +580,8 @@ def check(args, argv, config, dataset):
             changed = name not in MAY_CHANGE and getattr(args, name, value) != value
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"with --student-weights {args.out}")
-        former = config["images"]["train"]
-        refuse(former != images, f"the run had {former} training images, {args.data} has {images}")
+        refuse(models.has_weights(args.out) and config["images"]["train"] != images,
+               f"the run had {config['images']['train']} training images, {args.data} has {images}")
     else:
         refuse(models.has_weights(args.out) and not args.dry_run,
                f"{args.out} holds a run: remove it, --resume it, or give another --out")

@@ -147,25 +147,22 @@ def epochs(*top1, **terms):
 def make_run(folder, method="soft", log=(), layers=(), **settings):
     """A run's folder, around a student of two blocks that was not trained."""
     folder.mkdir(parents=True)
-    args, _ = settle(*TINY)
+    args, dataset = settle(*TINY)
     known = {"method": method, "epochs": len(log), "out": str(folder)}
     settings = {**vars(args), **known, **settings}
     config = {
         "settings": settings,
         "images": {"train": 64, "classes": 20},
-        "class_names": data.open_data("shapes", 1).classes,
-        "parameters": {"student": 7},
-        "commit": "c",
-        "versions": {"torch": "t"},
+        "class_names": dataset.classes,
         "command": "train_kd.py",
         "layers": {"student": layers}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     lines = [f"{json.dumps(line)}\n" for line in log]
     (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     student = models.build_model(
-        settings["student"], num_classes=20, variant=settings["variant"], teacher_width=96,
+        TOY, num_classes=20, variant=settings["variant"], teacher_width=96,
         **settings["student_kwargs"])
-    safetensors.torch.save_file(student.state_dict(), folder / "student.safetensors")
+    train_kd.write_weights(folder / "student.safetensors", student)
     for epoch in (1, 2):
         torch.save(student.state_dict(), folder / f"epoch_{epoch:04}.pt")
     return folder
@@ -444,15 +441,6 @@ def test_untrained_maps_beside_trained_logits():
         assert found.shape == other.shape and not torch.allclose(found, other)
 
 
-@pytest.mark.parametrize("name, layers", [
-    ("regnetx_002", range(1, 5)),
-    ("resnet18", range(1, 5)),
-    ("mobilevit_xxs", range(5)),
-    ("vit_tiny_patch16_224", range(12))])
-def test_stages_are_all_but_a_stem(name, layers):
-    assert models.stages(timm.create_model(name)) == [*layers]
-
-
 @pytest.mark.parametrize("first, last, depth, layers", [
     (2, 6, 12, [0, 1, 6, 7, 8, 9, 10, 11]),  # SK's student list
     (2, 6, 24, [0, 1, 18, 19, 20, 21, 22, 23]),  # and its teacher list
@@ -537,12 +525,9 @@ def test_load_student_of_every_variant(variant, tmp_path):
         found = {f"student.model.{key}": value for key, value in student.state_dict().items()}
         assert_same(found, state)
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 20)
-    with pytest.raises(models.ModelError, match="epoch_0099.pt"):
-        models.load_student(tmp_path, "epoch_0099.pt")
     if variant == "plain":  # loads into timm without this repository's help
-        alone = timm.create_model(
-            TOY, num_classes=20, depth=2, embed_dim=24,
-            checkpoint_path=tmp_path / "student.safetensors")
+        path = tmp_path / "student.safetensors"
+        alone = timm.create_model(TOY, num_classes=20, depth=2, embed_dim=24, checkpoint_path=path)
         assert_same(alone.state_dict(), student.state_dict())
 
 
@@ -575,13 +560,6 @@ class Mark(SimpleNamespace):
         return Path.touch, (self.path,)
 
 
-def test_read_weights_takes_tensors(tmp_path):
-    path = tmp_path / "some.pth"
-    state = {"a": torch.ones(1)}
-    torch.save({"state_dict": state, "epoch": 3}, path)
-    assert_same(models.read_weights(path), state)
-
-
 @pytest.mark.parametrize("found, expected", [
     ({"teacher": {}, "student": {}}, r"more than weights: save model.state_dict\(\) alone"),
     ({"model": {}, "top1": np.float64(1)}, r"save model.state_dict\(\) alone"),
@@ -602,37 +580,24 @@ def test_choose_device_by_default(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
     assert models.choose_device().type == "cpu"
-    with pytest.raises(models.ModelError, match="MPS device each and there are 0"):
-        models.choose_device("mps")
     for device in ("mps", "cuda"):
+        with pytest.raises(models.ModelError, match=f"{device.upper()} device each and there are 0"):
+            models.choose_device(device)
         there[device] = True
         assert models.choose_device().type == device
-        assert models.choose_device("cpu").type == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(models.ModelError, match="2 processes want a CUDA device each"):
         models.choose_device()
-
-
-@pytest.mark.parametrize("device, native, expected", [
-    ("cuda", True, True),
-    ("cuda", False, False),  # T4, V100: emulated
-    ("cpu", True, False),
-    ("mps", True, False)])
-def test_has_bfloat16_where_it_helps(device, native, expected, monkeypatch):
-    supported = lambda including_emulation: including_emulation or native
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert models.has_bfloat16(torch.device(device)) == expected
 
 
 # ---------- data.py
 
 
 def test_draw_shapes_depends_on_seed_and_index_only():
-    few, few_labels = data.draw_shapes(30)
-    many, many_labels = data.draw_shapes(2100)
+    few, _ = data.draw_shapes(30)
+    many, labels = data.draw_shapes(2100)
     assert torch.equal(few, many[:30])
-    assert torch.equal(few_labels, many_labels[:30])
-    assert many_labels.bincount().tolist() == [105] * 20
+    assert labels.bincount().tolist() == [105] * 20
     for options in ({"split": "val"}, {"seed": 1}):
         other, _ = data.draw_shapes(30, **options)
         assert not torch.equal(few, other)
@@ -642,12 +607,12 @@ def test_open_data_finds_images_alone(photos, tmp_path):
     """.jfif among them, classes by symbolic links; nothing hidden, no other files."""
     for split in ("train", "val"):
         folder = tmp_path / split
-        for name in ("dark", ".ipynb_checkpoints", "@eaDir", "dark/__MACOSX"):
-            (folder / name).mkdir(parents=True)
+        folder.mkdir()
         (folder / "bright").symlink_to(photos / split / "bright")
-        shutil.copy(photos / split / "dark/0.png", folder / "dark/0.jfif")
-        for name in (".ipynb_checkpoints", "@eaDir", "dark/__MACOSX"):
-            shutil.copy(photos / split / "dark/0.png", folder / name)
+        one = photos / split / "dark/0.png"
+        for name in (".ipynb_checkpoints/0.png", "@eaDir/0.png", "dark/__MACOSX/0.png", "dark/0.jfif"):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(one, folder / name)
         (folder / "dark/notes.txt").touch()
     images = data.open_data(str(tmp_path))
     assert images.classes == ["bright", "dark"]
@@ -655,28 +620,18 @@ def test_open_data_finds_images_alone(photos, tmp_path):
     assert len(analyze.open_images(str(tmp_path), 99, seed=0)) == 9
 
 
-def test_load_image_of_more_than_8_bits(tmp_path):
-    pixels = np.array([[0, 256, 65535]], np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "16.png")
-    image = np.asarray(data.load_image(tmp_path / "16.png"))
-    assert image[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
-
-
-@pytest.mark.parametrize("mode", "IF")
-def test_load_image_refuses_pixels_of_no_known_range(mode, tmp_path):
-    path = tmp_path / f"{mode}.tiff"
-    Image.new(mode, (3, 3)).save(path)
-    with pytest.raises(data.DataError, match=f"image .*{mode}.tiff .pixels of mode {mode} have no"):
-        data.load_image(path)
-
-
-def test_load_image_refuses_what_a_decoder_cannot_read(tmp_path, monkeypatch):
-    def fail(path):  # as Pillow's AVIF decoder does
-        raise RuntimeError("Failed to decode image")
-
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(data.DataError, match="photo.jpg .Failed to decode image"):
-        data.load_image(tmp_path / "photo.jpg")
+@pytest.mark.parametrize("pixels, expected", [
+    (np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
+    (np.zeros((1, 3), np.int32), "pixels of mode I have no known range"),
+    (np.zeros((1, 3), np.float32), "pixels of mode F have no known range")])
+def test_load_image_of_more_than_8_bits(pixels, expected, tmp_path):
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(pixels).save(path)
+    try:
+        found = np.asarray(data.load_image(path))[0, :, 0].tolist()
+    except data.DataError as error:
+        found = re.search(r"deep.tiff \((.*):", str(error))[1]
+    assert found == expected
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -727,14 +682,12 @@ def test_stream_loader_sends_bytes():
     """A quarter of float32; normalised on the device to what timm's own transform gives."""
     dataset = data.Shapes(8, "train")
     _, loader = loaders_at_64(dataset)
-    keys = data.evaluation_batches(8, 8)
-    found, _ = next(loader.load(keys))
+    found, _ = next(loader.load(data.evaluation_batches(8, 8)))
     transform = data.create_transform(64, interpolation="bicubic", crop_pct=0.875, **IMAGENET)
     expected = torch.stack([transform(image) for image, _ in dataset])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     sent, *_ = next(iter(loader.loader))
-    assert sent.dtype == torch.uint8
-    assert sent.nbytes == 8 * 3 * 64 * 64
+    assert (sent.dtype, sent.shape) == (torch.uint8, (8, 3, 64, 64))
 
 
 def test_stream_loader_erases_by_image():
@@ -746,11 +699,8 @@ def test_stream_loader_erases_by_image():
     whole, _ = next(plain.load(keys, 3))
     alone, _ = next(loader.load([keys[0][5:6]], 3))
     assert torch.equal(alone[0], erased[5])  # whatever the batch around it
-    changed = (erased != whole).any(1)
-    share = changed.flatten(1).float().mean(1)
-    assert (share > 0).all()
-    assert (share < 0.5).all()
-    assert len({*share.tolist()}) > 1
+    share = (erased != whole).float().mean((1, 2, 3))
+    assert 0 < share.min() < share.max() < 0.5
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0"])
@@ -870,15 +820,14 @@ def powered(monkeypatch):
     monkeypatch.setitem(losses.METHODS, "powered", Powered)
 
 
-def test_parse_knows_a_new_method(powered):
+def test_parse_knows_a_new_method(powered, capsys):
     """Nothing outside losses.py names `power`, nor says which values it takes."""
     args, _, distiller = make("--method powered --power -3 --no-signed")
     assert (args.power, args.signed, distiller.method.power) == (-3, False, -3)
-
-
-def test_parse_keeps_a_new_method_to_its_types(powered, capsys):
     line = refusal(capsys, make, "--method powered --power 2.5")
     assert "--power: invalid int value: '2.5'" in line
+    _, _, distiller = make("--method spectral --beta 0.5")  # the new class has an int of that name
+    assert distiller.method.beta == 0.5
 
 
 def test_parse_helps_with_a_new_method(powered, capsys):
@@ -887,18 +836,6 @@ def test_parse_helps_with_a_new_method(powered, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--power POWER the exponent of the difference (2)" in shown
     assert "--feature-loss" not in shown
-
-
-def test_parse_leaves_the_others_alone_beside_a_new_method(powered):
-    _, _, distiller = make("--method spectral --beta 0.5")
-    assert distiller.method.beta == 0.5
-
-
-def test_describe_records_a_new_method(powered, tmp_path):
-    train(tmp_path, *TINY, "--epochs 1 --method powered")
-    settings = models.read_config(tmp_path)["settings"]
-    assert (settings["power"], settings["signed"], settings["beta"]) == (2, True, 1)
-    assert "powered" in log_of(tmp_path)[0]["terms"]
 
 
 def test_build_gives_maps_to_any_method_that_wants_layers(monkeypatch):
@@ -932,7 +869,6 @@ def test_main_keeps_the_traceback_of_a_programming_error(mistake, error, tmp_pat
 RECIPES = [  # flags, what follows from them
     ("--data any", dict(recipe="imagenet", epochs=300, batch_size=2048, lr=2e-3, repeats=3)),
     ("--data any --batch-size 512", dict(lr=5e-4, min_lr=1e-5)),
-    ("--data any --batch-size 512 --lr 2e-3", dict(lr=2e-3)),
     ("", dict(recipe="toy", epochs=30, batch_size=64, lr=2e-3, repeats=1, img_size=32)),
     ("--batch-size 32", dict(lr=1e-3)),
     ("--recipe imagenet", dict(epochs=300, student="deit_tiny_patch16_224", img_size=224)),
@@ -1034,21 +970,17 @@ def test_show_teacher_warns_near_chance(flags, top1, warned, photos, tmp_path, c
 
 def test_show_accuracy_equals_the_log_on_one_process_and_two(photos, capsys):
     run = photos / "run"
-    before = {path: path.read_bytes() for path in run.iterdir()}
     two = start(*TWO, "train_kd.py", "--eval", "--out", run, "--device", "cpu")
     train(run, "--eval")
-    one = capsys.readouterr().out.splitlines()
-    log = log_of(run)
-    best = max(log, key=lambda line: line["top1"])
-    expected = {
-        "student": log[-1]["top1"],
-        "student_ema": log[-1]["ema_top1"],
-        "best": best["top1"]}
-    for line, (file, top1) in zip(one, expected.items(), strict=True):
-        assert re.match(rf"{file}\..*: top-1 {top1:.2f} %, .* 16 images", line)
+    one = capsys.readouterr().out
+    *_, last = log = log_of(run)
+    best = max(line["top1"] for line in log)
+    accuracies = last["top1"], last["ema_top1"], best
+    files = "student.safetensors", "student_ema.safetensors", "best.pt"
+    for line, file, top1 in zip(one.splitlines(), files, accuracies, strict=True):
+        assert line.startswith(f"{file}: top-1 {top1:.2f} %, ") and "16 images" in line
     said, _ = two.communicate(timeout=60)
-    assert two.returncode == 0 and said.splitlines() == one
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert two.returncode == 0 and said == one
 
 
 def test_show_accuracy_needs_no_training_images(photos, capsys):
@@ -1126,19 +1058,16 @@ def test_metrics_equal_numpy(C, h, w, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_entropy_map_on_bin_edges(dtype):
+@pytest.mark.parametrize("lo, hi", [(-1.0, 1.0), (0.1, 0.7), (-3.3, 12.7)])
+def test_entropy_map_on_bin_edges(dtype, lo, hi):
     """Every edge, and the numbers just below and above it, fall where numpy.histogram puts them."""
-    for lo, hi in ((-1.0, 1.0), (0.1, 0.7), (-3.3, 12.7)):
-        edges = torch.from_numpy(np.linspace(lo, hi, 101)).to(dtype)
-        above = edges.nextafter(torch.tensor(9e9).to(dtype))
-        below = edges.nextafter(torch.tensor(-9e9).to(dtype))
-        around = torch.cat([edges, above, below])
-        lo, hi = edges[0].item(), edges[-1].item()
-        around = around[(around >= lo) & (around <= hi)]
-        A = torch.stack([around.roll(i)[:40] for i in range(len(around))])
-        A = A.view(-1, 40, 1, 1)
-        expected = pytest.approx(numpy_entropy(A, lo, hi), abs=1e-6)
-        assert analyze.entropy_map(A, lo, hi).numpy() == expected
+    edges = torch.from_numpy(np.linspace(lo, hi, 101)).to(dtype)
+    far = torch.full_like(edges, 9e9)
+    lo, hi = edges[0].item(), edges[-1].item()
+    around = torch.cat([edges, edges.nextafter(far), edges.nextafter(-far)]).clamp(lo, hi)
+    A = torch.stack([around.roll(i)[:40] for i in range(len(around))]).view(-1, 40, 1, 1)
+    expected = pytest.approx(numpy_entropy(A, lo, hi), abs=1e-6)
+    assert analyze.entropy_map(A, lo, hi).numpy() == expected
 
 
 def test_metrics_of_degenerate_input():
@@ -1201,10 +1130,8 @@ def test_measure_streams(tmp_path, monkeypatch):
         assert values("2", name) == pytest.approx(values("7", name), rel=1e-4)
     subject, *_ = subjects_of(*flags[1:])
     with torch.no_grad():
-        maps = subject.maps(0, analyze.open_images("shapes", 7, 0))
-    lo = min(A.min() for A in maps).item()
-    hi = max(A.max() for A in maps).item()
-    ours = [analyze.entropy_map(A, lo, hi).mean().item() for A in maps]
+        maps = torch.stack(subject.maps(0, analyze.open_images("shapes", 7, 0)))
+    ours = [analyze.entropy_map(A, maps.min(), maps.max()).mean().item() for A in maps]
     assert values("7", "entropy")[:12] == pytest.approx(ours, rel=1e-5)
 
 
@@ -1363,8 +1290,8 @@ def test_short_labels():
 
 def test_lines_of_many_models_differ():
     looks = [analyze.line_look(i) for i in range(56)]
-    assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 56
-    assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 56
+    for mark in ("color", "marker"):
+        assert len({(look[mark], str(look["linestyle"])) for look in looks}) == 56
 
 
 def test_analyse_strange_names(tmp_path, monkeypatch, capsys):
@@ -1386,16 +1313,14 @@ def test_analyse_with_closed_streams(tmp_path):
 
 def test_profiles_are_compared_by_relative_depth():
     """Layers 1, 2, 3 of 5 lie where 1 and 2 of 3 do: the second half of the depth is left out."""
-    def subject(depth, numbers, profile):
+    def subject(depth, *profile):
+        numbers = range(1, 1 + len(profile))
         return SimpleNamespace(depth=depth, numbers=numbers, by_layer={"intensity": profile})
 
-    short = subject(3, [1, 2, 3], [1.0, 2.0, 4.0])
-    long = subject(5, [1, 2, 3, 4, 5], [1.0, 1.5, 2.0, 3.0, 4.0])
-    half = subject(5, [1, 2, 3], [1.0, 1.5, 2.0])
-    for other in (long, half):
-        r, distance = analyze.closeness(other, short)
-        assert (r, distance) == pytest.approx((1, 0))
-    assert not np.isfinite(analyze.closeness(subject(5, [1], [1.0]), short)).any()
+    short = subject(3, 1.0, 2.0, 4.0)
+    for other in (subject(5, 1.0, 1.5, 2.0, 3.0, 4.0), subject(5, 1.0, 1.5, 2.0)):
+        assert analyze.closeness(other, short) == pytest.approx((1, 0))
+    assert not np.isfinite(analyze.closeness(subject(5, 1.0), short)).any()
 
 
 def test_evolution_of_two_runs(tmp_path, monkeypatch):
@@ -1583,8 +1508,6 @@ def test_course_has_its_exercises_and_tags():
     assert re.findall(r"^## (\d+)\.", page, re.MULTILINE) == [*map(str, range(1, 16))]
     kinds = {*re.findall("^```(.+)$", page, re.MULTILINE)}
     assert kinds == {"python", "text", "bash", 'bash tags=["skip-execution"]'}
-    own = re.search(r'@method\("attention"\).*?\n\n    def .*?\n.*?\n', page, re.DOTALL)
-    assert own[0] in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 # ---------- Mistakes: one line on stderr, status 2

@@ -280,8 +280,9 @@ def _open_timm(name):
     finally:
         if waits and first:
             dist.barrier()
-    numbers = getattr(train.reader, "class_to_idx", None) if hasattr(train, "reader") else None
-    classes = getattr(train, "classes", None) or numbers
+    classes = getattr(train, "classes", None)
+    if not classes and hasattr(train, "reader"):
+        classes = getattr(train.reader, "class_to_idx", None)
     if not classes:  # no names: the labels are counted
         classes = range(1 + max(label for _, label in train))
     return Images(train, val, list(map(str, classes)))  # ImageNet's are tuples

@@ -107,7 +107,7 @@ def gather(source, out):
         raise UserError(f"{source} has no finished runs, in folders NAME-SEED, and no study.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     kept = {**read_study(out / "study.jsonl"), **found}
-    records = [kept[key] for key in sorted(kept)]
+    records = list(map(kept.get, sorted(kept)))
     write_study(records, out / "study.jsonl")
     return records
 
@@ -230,7 +230,7 @@ def print_table(names, others):
     print("|---" * len(head) + "|")
     for name, runs in names.items():
         ends = [run.end for run in runs]
-        each = " ".join(f"{end:.2f}" for end in ends)
+        each = " ".join(map("{:.2f}".format, ends))
         row = [name, str(len(ends)), each, f"{np.mean(ends):.2f} +- {deviation(ends):.2f}"]
         if others:
             row.append(unpaired(ends, [other.end for other in others]))

@@ -264,7 +264,7 @@ def style(label):
     }
 
 
-def draw_panels(panels, xlabel, path, zero=None):
+def draw_panels(panels, xlabel, path, zero=None, ylim=None):
     """Mean and standard deviation of the seeds. panels: {title: {label: {x: runs}}}. On the log
     axis x 0 has its place at `zero`."""
     figure = Figure(figsize=(2 + 3.4 * len(panels), 4.8))
@@ -283,7 +283,7 @@ def draw_panels(panels, xlabel, path, zero=None):
                 means.append(np.mean(ends))
                 spreads.append(deviation(ends))
             axes.errorbar(places, means, spreads, label=label, **style(label))
-        axes.set(xscale="log", xlabel=xlabel, title=title)
+        axes.set(xscale="log", xlabel=xlabel, title=title, ylim=ylim)
     axes.set_xticks(list(ticks), ticks.values())
     axes.xaxis.minorticks_off()
     row[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
@@ -316,7 +316,8 @@ def draw_rates(runs, path):
             if len(rates) >= 3:
                 panels[setup or "usual setup"][label] = rates
     if panels:
-        draw_panels(panels, "learning rate", path)
+        # A training that breaks down lies below.
+        draw_panels(panels, "learning rate", path, ylim=(85, 100))
 
 
 # Gain over SoftKD by epoch in the authors' logs; the file says how it was computed.

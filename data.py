@@ -216,8 +216,10 @@ class Folder(Dataset):
 def check_classes(train, val):
     """Refuse splits that do not fit each other, and classes without training images."""
     unshared = sorted({*train.classes} ^ {*val.classes})
-    if unshared:
-        raise DataError(f"{train.root} and {val.root} differ: only one has {unshared[:5]}")
+    if unshared or len(train.classes) < 2:
+        raise DataError(
+            f"{train.root} and {val.root} must hold the same folders, one per class, two or more: "
+            f"only one has {unshared[:5]}")
     filled = {label for _, label in train.samples}
     for label, name in enumerate(train.classes):
         if label not in filled:

@@ -37,8 +37,8 @@ class HookedModel(nn.Module):
     """A timm model that also returns the feature maps of the chosen layers (of `feature_info`).
 
     forward: images [B, 3, H, W] -> logits [B, K] and a list of maps [B, C, h, w] in the order of
-    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: those of the images that
-    come in, if they are not the model's own. Raises ModelError for a layer that the model does not have.
+    `layers`, equal to timm's `forward_intermediates(norm=False)`. `mean`, `std`: what the images were
+    normalised with, if not with the model's own. Raises ModelError for a layer that the model does not have.
     """
 
     def __init__(self, model, layers=(), mean=None, std=None):
@@ -70,7 +70,7 @@ class HookedModel(nn.Module):
         module = dict(self.model.named_modules()).get(info["module"])
         if module is None:
             raise ModelError(f"timm does not tell where the model has layer {layer}")
-        # A bound method: a deep copy (the EMA) then hooks its own.
+        # A deep copy (the EMA) copies the object of a bound method, too: it then keeps its own maps.
         module.register_forward_hook(partial(self._keep, layer))
         self.layers.append(layer)
         self.channels.append(info["num_chs"])
@@ -99,7 +99,10 @@ class HookedModel(nn.Module):
 
 
 class UntrainedMaps(HookedModel):
-    """A control: logits from a trained teacher, maps from a copy of it that was never trained."""
+    """A control: logits from a trained teacher, maps from an untrained model of the same kind.
+
+    self.model is the untrained one, self.of_logits the teacher.
+    """
 
     def __init__(self, teacher, untrained_copy, layers, mean, std):
         super().__init__(untrained_copy, layers, mean, std)
@@ -119,7 +122,8 @@ def statistics(model):
 
 def stages(model):
     """The layers that "First X, Last Y" counts: all of feature_info but the stem of a CNN."""
-    # A ResNet has act1 (the stem), layer1, layer2, ...: without digits act, layer, layer, ...
+    # A ResNet has act1 (the stem), layer1, layer2, ...: without digits act, layer, layer, ... A ViT has
+    # blocks., blocks., ...: no stem.
     words = [re.sub(r"\d", "", info["module"]) for info in model.feature_info]
     has_stem = len(words) > 1 and words[0] != words[1]
     return list(range(int(has_stem), len(words)))
@@ -227,8 +231,9 @@ def widened(name, teacher_width, **kwargs):
     head_width = model.embed_dim // model.blocks[-1].attn.num_heads
     if teacher_width % head_width:
         raise ModelError(
-            f"a block of width {teacher_width} cannot have heads of {head_width} channels, as {name}'s")
+            f"a block of width {teacher_width} cannot have heads of {head_width} channels, like those of {name}")
     heads = teacher_width // head_width
+    # A model of one block, as wide as the teacher, gives its block and its norms.
     wide = plain(name, **{**kwargs, "embed_dim": teacher_width, "num_heads": heads, "depth": 1})
     block = wide.blocks[0]
     for child, module in model.blocks[-1].named_children():
@@ -270,7 +275,7 @@ def build_model(
     overlay = {}
     if img_size:
         overlay["input_size"] = (3, img_size, img_size)  # for timm's transforms
-        if config.fixed_input_size:  # a ViT's; a CNN takes no img_size
+        if config.fixed_input_size:  # as a ViT has; a CNN takes no img_size
             timm_kwargs["img_size"] = img_size
     build = VARIANTS[variant]
     kwargs = dict(teacher_width=teacher_width, num_classes=num_classes, **timm_kwargs)
@@ -351,11 +356,13 @@ def _count_classes(name, state):
             return len(state[f"{classifier}weight"])
 
 
-@torch.random.fork_rng(devices=[])  # the random state stays as in a resumed run, which skips this
+# Leaves the random state alone: a resumed run skips this, and has to draw the same numbers later.
+@torch.random.fork_rng(devices=[])
 def start_from(model, name, source, img_size, variant="plain"):
     """Copy what fits of some weights, by name and shape, into a student -> one line on the result.
 
-    source: "pretrained" (timm's), a file, or a run's folder. Raises ModelError if less than half fits.
+    source: "pretrained" (timm's), a file, or a run's folder. Raises ModelError if less than half
+    of the smaller one fits.
     """
     own = model.state_dict()
     state = _starting_weights(name, source, img_size, own)
@@ -386,13 +393,13 @@ def _starting_weights(name, source, img_size, own):
         path = path / "student.safetensors"
     state = read_weights(path)
     try:  # timm adapts published formats
-        classes = _count_classes(name, state) or 0
+        classes = _count_classes(name, state) or 0  # 0: without a classifier
         return build_model(name, num_classes=classes, img_size=img_size, weights=path).state_dict()
-    except ModelError:  # a student that was cut, grown, lifted or widened: as it is
+    except ModelError:  # of another depth, lifted, widened: the tensors as they are
         if "pos_embed" in state and "pos_embed" in own:
             count = own["pos_embed"].shape[1]
             grid = math.isqrt(count)  # 197 = 14 x 14 + a class token
-            with contextlib.suppress(RuntimeError):  # another model's: start_from then refuses it
+            with contextlib.suppress(RuntimeError):  # of another model: start_from will refuse it
                 state["pos_embed"] = resample_abs_pos_embed(
                     state["pos_embed"], [grid, grid], num_prefix_tokens=count - grid**2)
         return state

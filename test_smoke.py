@@ -1481,7 +1481,7 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--student deit_tiny_patch16_224.in1k", "only deit_tiny_patch16_224.fb_in1k"),
     ("--nope 1", "--nope"),
     ("--data {0}/absent", "absent/train"),
-    ("--data {0}/differ --method none", "differ: only one has ['b', 'c']"),
+    ("--data {0}/differ --method none", "only one has ['b', 'c']"),
     ("--data {0}/corrupt --method none", "0.png"),
     ("--data {0}/heic --method none", "heic/train/b holds no .jpg, .png, ..., only ['"),
     ("--data {0}/bomb --method none", "exceeds limit"),

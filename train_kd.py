@@ -12,7 +12,7 @@ Distillation Dynamics, EM is Encoding Mismatch (see README.md).
 """
 import os
 
-# Read when torch is imported: idle threads of OpenMP give their core away soon.
+# OpenMP reads this when torch is imported: a waiting thread then frees its core after a short while.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -50,8 +50,8 @@ class UserError(ValueError):
     """A mistake of the user. main prints it as one line."""
 
 
-# ---------- Settings. Each one is a flag. What comes later in this list wins: the row below < the recipe <
-# the method < the student's name or the teacher's run (image size) < the resumed run < the command line
+# ---------- Settings. Each one is a flag. Where its value comes from, weakest first: its row in SETTINGS,
+# the recipe, the method, the student's name or the teacher's run, the resumed run, the command line
 
 RECIPES = {
     "imagenet": {},  # the rows' own defaults. DD C.3: DeiT's recipe, without mixup and without cutmix
@@ -76,12 +76,12 @@ RECIPES = {
         repeats=1),
 }
 
-# Groups of rows: name, default, help, choices. A flag of a group that has no effect is refused (see
-# `has_effect` in `check`). The flags of a method stand in losses.py.
+# Groups of rows: name, default, help, choices. `check` refuses the flags of a group that has no effect:
+# those of "everywhere" always have one, with --eval too. The flags of a method stand in losses.py.
 SETTINGS = {"everywhere": [
     ("method", "spectral", "objective", METHODS),
     ("data", "shapes", "shapes, a folder with train/ and val/, torch/NAME, hfds/NAME"),
-    ("skip_bad_images", False, "replace an image that cannot be read by the next"),
+    ("skip_bad_images", False, "take the next image in place of an unreadable one"),
     ("device", "", "by default cuda, else mps, else cpu", ("cuda", "mps", "cpu")),
     ("amp", True, "bfloat16, on GPUs made for it"),
     ("out", "", "folder of the run; by default runs/METHOD"),
@@ -123,7 +123,7 @@ SETTINGS = {"everywhere": [
     ("teacher_weights", "", "a file, a run's folder or random; else timm's pretrained"),
 ], "teacher model": [
     ("teacher", "cait_s24_224", "timm model"),
-    ("teacher_head", "pretrained", "random: a new one, for other classes", ("pretrained", "random")),
+    ("teacher_head", "pretrained", "random: a new classifier, for other classes", ("pretrained", "random")),
 ], "first and last": [
     ("first", 0, "align the first X layers; if no layer is given: the method's own"),
     ("last", 0, "align the last Y layers"),
@@ -144,8 +144,9 @@ def train(run):
         start = run.step - epoch * steps  # updates done already, if the run was stopped in this epoch
         stream = stream_of(run, epoch, start)
         run.distiller.train()
-        quiet = RANK > 0 or None  # None: tqdm shows its bar where there is a terminal
-        for _ in tqdm(range(start, steps), f"epoch {epoch + 1}", leave=False, disable=quiet):
+        # tqdm: True is no bar, None is a bar if there is a terminal.
+        for _ in tqdm(
+                range(start, steps), f"epoch {epoch + 1}", leave=False, disable=RANK > 0 or None):
             update(run, stream)
             stop_after_signal(run.signal, [run])
         end_epoch(run, steps - start, began)
@@ -164,7 +165,7 @@ def update(run, stream):
     """One optimizer step on the next global batch of the stream."""
     for part in range(run.args.accum):
         images, labels = next(stream)
-        taught = None
+        taught = None  # or the teacher's logits and maps
         if run.teacher:
             with torch.no_grad(), run.autocast:
                 taught = run.teacher(images)
@@ -177,7 +178,7 @@ def learn(run, part, images, labels, taught):
     last = part == accum - 1
     torch.manual_seed(data.seed_of(run.args.seed, run.step, RANK, part))  # for drop-path
     run.ddp.require_backward_grad_sync = last  # DDP sends gradients once, after the last part
-    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for a method's schedule
+    run.distiller.method.progress = run.step / (run.steps * run.args.epochs)  # for methods of your own
     with run.autocast:
         logits, terms = run.ddp(images, labels, taught)
     loss = sum(terms.values()) / accum
@@ -185,7 +186,7 @@ def learn(run, part, images, labels, taught):
     for name, value in terms.items():
         run.sums[name] = run.sums.get(name, 0) + value.detach() / accum
     if last:
-        run.scheduler.step_update(run.step)
+        run.scheduler.step_update(run.step)  # timm's schedulers set the rate before the update
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.ema.update(run.student, step=run.step)
@@ -193,7 +194,10 @@ def learn(run, part, images, labels, taught):
 
 
 def end_epoch(run, updates, began):
-    """Evaluate and record an epoch, of which this program has made `updates`, since the time `began`."""
+    """Evaluate and record an epoch.
+
+    `updates`: how many of them this program made (fewer after --resume). `began`: when it began.
+    """
     images_per_s = updates * run.args.batch_size / (time.perf_counter() - began)
     sums = checked_sums(run)
     save(run, sums)  # so that nothing is lost if the program is killed during evaluation
@@ -205,7 +209,6 @@ def end_epoch(run, updates, began):
     student, ema = evaluate(evaluated, run.val_loader, run.args.amp)
     terms = {name: value.item() / run.steps for name, value in sums.items()}
     run.log.append({
-        "epoch": len(run.log),
         "step": run.step,
         "lr": run.optimizer.param_groups[0]["lr"],
         "terms": terms,
@@ -300,7 +303,7 @@ def build(args, classes):
     torch.manual_seed(args.seed)
     teacher, width = None, None
     if method.needs_teacher or args.variant != "plain":
-        # Of an untrained teacher only the width is used. A dry run downloads no weights.
+        # A method without a teacher needs only its width. A dry run downloads no weights.
         untrained = not method.needs_teacher or (args.dry_run and not args.teacher_weights)
         teacher = models.build_teacher(args, classes, untrained)
         width = teacher.feature_info[-1]["num_chs"]
@@ -310,6 +313,7 @@ def build(args, classes):
     refuse(hasattr(student, "head_dist"),
            f"{args.student} has two classifiers: take the model without 'distilled' in its name")
     if args.student_weights and not args.dry_run and not models.has_weights(args.out):
+        # (With a checkpoint, `load` will replace them.)
         say(models.start_from(
             student, args.student, args.student_weights, args.img_size, args.variant))
 
@@ -364,7 +368,7 @@ class Run:
             self.student.compile(fullgraph=True, dynamic=False)
             if teacher:
                 teacher.compile(fullgraph=True, dynamic=False)
-        self.ddp = distiller
+        self.ddp = distiller  # wrapped, if there are several processes
         if WORLD > 1:
             self.ddp = DistributedDataParallel(distiller)
 
@@ -383,8 +387,6 @@ def describe(args, dataset, teacher, distiller):
     images = torch.randn(2, 3, args.img_size, args.img_size)
     taught = teacher(images) if teacher else None
     distiller(images, torch.tensor([0, 1]), taught)
-    commit = subprocess.getoutput(
-        f'git -C "{models.HERE}" describe --always --dirty --abbrev=40')
     return {
         "settings": vars(args),
         "parameters": {name: models.count_parameters(part) for name, part in distiller.named_children()},
@@ -396,7 +398,8 @@ def describe(args, dataset, teacher, distiller):
             "val": len(dataset.val),
             "classes": len(dataset.classes)},
         "class_names": dataset.classes,
-        "commit": commit,
+        "commit": subprocess.getoutput(
+            f'git -C "{models.HERE}" describe --always --dirty --abbrev=40'),
         "versions": {
             "torch": torch.__version__,
             "timm": timm.__version__,
@@ -408,7 +411,10 @@ def describe(args, dataset, teacher, distiller):
 
 
 def claimed(out):
-    """A lock that makes a run's folder, and keeps other programs from training in it."""
+    """A lock that makes a run's folder, and keeps other programs from training in it.
+
+    Each process has its own, so that a second start is refused in all of them.
+    """
     return FileLock(f"{out}/in-use-{RANK}.lock", timeout=0)
 
 
@@ -425,7 +431,7 @@ def write_weights(path, model):
 
 
 def save(run, sums):
-    """The first process writes last.pt, the others wait. `sums`: the means over the processes.
+    """The first process writes last.pt, the others wait. `sums`: run.sums, averaged over the processes.
 
     There is no random state to save, because each update seeds itself.
     """
@@ -480,14 +486,14 @@ def report(run):
 # ---------- The command line
 
 MAY_CHANGE = {  # from a run to its continuation with --resume
-    "resume", "data", "skip_bad_images", "epochs", "out", "snapshot_every",
+    "resume", "eval", "dry_run", "data", "skip_bad_images", "epochs", "out", "snapshot_every",
     "workers", "device", "amp", "compile"}
-SHARES = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
+FRACTIONS = {"label_noise", "random_erasing", "crop_pct", "ema_decay"}  # at most 1
 ABOVE_0 = {"repeats", "crop_pct", "epochs", "batch_size", "accum", "snapshot_every"}
 
 
 def parse(argv):
-    """-> the settings, and config.json of the run that goes on, or {}."""
+    """-> the settings, and config.json of the run that is resumed or evaluated, or {}."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, add_help=False)
@@ -509,15 +515,15 @@ def parse(argv):
 
     recipe = early.recipe or ("toy" if early.data == "shapes" else "imagenet")
     parser.set_defaults(**RECIPES[recipe], recipe=recipe, variant=method.variant)
-    if not (early.first or early.last):
+    if not (early.first or early.last or early.student_layers):
         parser.set_defaults(first=method.first, last=method.last)
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)  # 2: those that imply others
+    args = parser.parse_args(argv)  # 2: batch, student and teacher; rate and image size follow
     factor = args.batch_size / parser.get_default("batch_size")  # 1 if it was not typed
     power = 0.5 if recipe == "finetune" else 1  # square root, or linear
     parser.set_defaults(lr=parser.get_default("lr") * factor**power)
     parser.set_defaults(**models.implied_settings(args.student, args.teacher_weights))
-    parser.set_defaults(**saved)
+    parser.set_defaults(**saved)  # again: what was saved is stronger than what follows
     return parser.parse_args(argv), config  # 3: all settings
 
 
@@ -558,13 +564,13 @@ def check(args, argv, config, dataset):
         "first and last": needs_layers and not args.student_layers}
     if args.eval:
         has_effect = dict.fromkeys(has_effect, False)
-    has_effect["from 64 px"] = args.img_size >= 64
+    has_effect["from 64 px"] = args.img_size >= 64  # with --eval, too
     for group, effect in has_effect.items():
         given = typed & {flag(name) for name, *_ in SETTINGS[group]}
         refuse(given and not effect, f"{', '.join(sorted(given))} has no effect here: leave it out")
     for name, value in vars(args).items():
         if type(value) in (int, float) and name not in method.options():  # a method checks its own
-            most = 1 if name in SHARES else 2**31
+            most = 1 if name in FRACTIONS else 2**31
             within = 0 <= value <= most and (value or name not in ABOVE_0)
             refuse(not within, f"{flag(name)} {value} is out of range")
     for folder in (args.out if config else "", args.teacher_weights):
@@ -577,7 +583,9 @@ def check(args, argv, config, dataset):
     images = len(dataset.train)
     if config:
         for name, value in config["settings"].items():
-            changed = name not in MAY_CHANGE and getattr(args, name, value) != value
+            # As in the file, where tuples are lists. A setting that is gone has not changed.
+            now = json.dumps(getattr(args, name, value))
+            changed = name not in MAY_CHANGE and now != json.dumps(value)
             refuse(changed, f"the run has {flag(name)} {value}: keep that, or start another --out "
                             f"with --student-weights {args.out}")
         refuse(models.has_weights(args.out) and config["images"]["train"] != images,
@@ -596,9 +604,9 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    *_, line = str(message).splitlines()  # a data worker's error is a traceback, and this its last line
-    line = line.removeprefix("data.DataError: ")
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    # An error of a data worker arrives as a traceback, whose last line is the message.
+    *_, line = str(message).splitlines()
+    print(f"error: {line.removeprefix('data.DataError: ')}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -611,7 +619,7 @@ def say(text):
 
 
 def read_settings(argv):
-    """-> the settings, the device, the data set, and config.json of the run that goes on, all checked."""
+    """-> the settings, the device, the data set, and config.json as from `parse`, all checked."""
     args, config = parse(argv)
     device = models.choose_device(args.device)
     args.amp = args.amp and models.has_bfloat16(device)
@@ -662,6 +670,7 @@ def show_teacher(run, classes):
     top1, top5 = evaluate([run.teacher], run.val_loader, run.args.amp)[0]
     say(f"teacher {run.args.teacher}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     chance = 100 / classes
+    # Less than a tenth of the way from chance to 100 %.
     if top1 < chance + (100 - chance) / 10:
         say(f"warning: the teacher is near chance ({chance:.2f} %): is it untrained, or are its classes "
             f"in another order? Its logits teach nothing")

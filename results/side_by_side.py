@@ -99,6 +99,8 @@ def train(runs, teacher):
                 images, labels = next(stream)
                 learn_all(active, part, images, labels, teacher, first.autocast)
             train_kd.stop_after_signal(first.signal, active)
+            if step % 50 == 49:
+                runs = sound_runs(runs)  # before a signal meets one with NaN
         runs = sound_runs(runs)
         for run in runs:
             if len(run.log) == epoch:

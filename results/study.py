@@ -256,11 +256,10 @@ COLOURS = {
 
 def style(label):
     """A colour for each place or method, dashes for the spectral loss."""
-    dashed = "spectral" in label
     return {
         "color": COLOURS.get(label.split(",")[0], "#d98cb3"),
-        "linestyle": "--" if dashed else "-",
-        "marker": "s" if dashed else "o",
+        "linestyle": "--" if "spectral" in label else "-",
+        "marker": "o",
     }
 
 
@@ -269,7 +268,7 @@ def draw_panels(panels, xlabel, path, zero=None, ylim=None):
     axis x 0 has its place at `zero`."""
     figure = Figure(figsize=(2 + 3.4 * len(panels), 4.8))
     row = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=bool(zero))[0]
-    apart = 1.4 if zero else 1.1  # the curves stand beside each other, or their bars would hide
+    apart = 1.2  # the curves stand beside each other, or their bars would hide
     ticks = {}
     for axes, (title, curves) in zip(row, panels.items()):
         for i, (label, points) in enumerate(curves.items()):

@@ -316,7 +316,7 @@ def draw_rates(runs, path):
                 panels[setup or "usual setup"][label] = rates
     if panels:
         # A training that breaks down lies below.
-        draw_panels(panels, "learning rate", path, ylim=(85, 100))
+        draw_panels(panels, "learning rate", path, ylim=(84, 100))
 
 
 # Gain over SoftKD by epoch in the authors' logs; the file says how it was computed.

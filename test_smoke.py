@@ -907,7 +907,11 @@ def test_prepare_keeps_the_command(tmp_path, monkeypatch):
     assert models.read_config(tmp_path)["command"] == "train_kd.py --out 'a run'"
 
 
-@pytest.mark.parametrize("flags, top1", [("", 100), ("--alpha 0", 100), ("", 50), ("--alpha 0", 50)])
+@pytest.mark.parametrize("flags, top1", [
+    ("", 100),
+    ("--alpha 0", 100),
+    ("", 50),
+    ("--alpha 0", 50)])
 def test_show_teacher_warns_near_chance(flags, top1, photos, tmp_path, capsys):
     teacher = tmp_path / "teacher"
     shutil.copytree(photos / "run", teacher)

@@ -1694,7 +1694,7 @@ def test_train_resumes_with_bad_images_skipped(stained, tmp_path, photos, capsys
     assert "--skip-bad-images" in refusal(capsys, train, out, "--resume --epochs 2")
     train(out, "--resume --epochs 2 --skip-bad-images")
     assert "skipped: image" in capsys.readouterr().out
-    assert "cpu, bfloat16 False" in (out / "log.jsonl").read_text()
+    assert "cpu, bfloat16 off" in (out / "log.jsonl").read_text()
     bad.unlink()
     line = refusal(capsys, train, out, "--resume --epochs 3")
     assert "the run had 80 training images" in line

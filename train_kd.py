@@ -216,7 +216,7 @@ def end_epoch(run, updates, began):
         "top5": student[1],
         "ema_top1": ema[0],
         "ema_top5": ema[1],
-        "device": f"{run.train_loader.device}, bfloat16 {run.args.amp}",
+        "device": f"{run.train_loader.device}, bfloat16 {'on' if run.args.amp else 'off'}",
         "images_per_s": images_per_s,
         "seconds": time.perf_counter() - began})
     run.sums = {}
@@ -661,7 +661,8 @@ def prepare(args, device, dataset, config):
         models.write(run.out / "config.json", json.dumps(record, indent=1).encode())
     say(f"{args.method}, {args.variant} {args.student}, layers {record['layers']}, "
         f"{record['images']}: {args.epochs} epochs of {run.steps} updates, batches of "
-        f"{args.batch_size}, learning rate {args.lr:.3g}, {device}, bfloat16 {args.amp}")
+        f"{args.batch_size}, learning rate {args.lr:.3g}, {device}, "
+        f"bfloat16 {'on' if args.amp else 'off'}")
     return run
 
 
@@ -686,7 +687,7 @@ def show_accuracy(args, device, dataset):
     _, loader = make_loaders(args, device, dataset, students[0])
     for file, (top1, top5) in zip(files, evaluate(students, loader, args.amp)):
         say(f"{file}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, {loader.size} images, "
-            f"bfloat16 {args.amp}")
+            f"bfloat16 {'on' if args.amp else 'off'}")
 
 
 def main(argv=sys.argv[1:], program=run_program):

@@ -5,6 +5,7 @@ copy. A training sample depends on (seed, epoch, index, repeat, repeats). A glob
 the batch size. Neither depends on the number of processes or workers, or on interruptions.
 """
 import hashlib
+import itertools
 import os
 import random
 from functools import partial
@@ -218,8 +219,8 @@ def check_classes(train, val):
     unshared = sorted({*train.classes} ^ {*val.classes})
     if unshared or len(train.classes) < 2:
         raise DataError(
-            f"{train.root} and {val.root} must hold the same folders, one per class, two or more: "
-            f"only one has {unshared[:5]}")
+            f"{train.root} and {val.root} must hold the same folders, one per class, two or more; "
+            f"not in both: {unshared[:5]}")
     filled = {label for _, label in train.samples}
     for label, name in enumerate(train.classes):
         if label not in filled:
@@ -277,8 +278,7 @@ def _open_timm(name):
         train = create_dataset(name, split="train", is_training=True, **options)
         val = create_dataset(name, split="validation", **options)
     except Exception as error:  # each back end raises its own kind
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot open data set {name}: {reason}") from error
+        raise DataError(f"cannot open data set {name}: {str(error)[:200]}") from error
     finally:
         if waits and first:
             dist.barrier()
@@ -352,16 +352,17 @@ class Samples(Dataset):
         image, label = self.read(index)
         return self.transform(image), label, seed
 
-    def read(self, index):
-        try:
-            image, label = self.dataset[index]
-            return to_rgb(image), label
-        except UNREADABLE as error:
-            message = f"image {index}: {error}"
-            if not self.skip_bad:
-                raise DataError(f"{message}: mend it, or --skip-bad-images") from None
-            print(f"warning: skipped: {message}", flush=True)
-            return self.read((index + 1) % len(self.dataset))
+    def read(self, first):
+        for index in itertools.chain(range(first, len(self.dataset)), range(first)):
+            try:
+                image, label = self.dataset[index]
+                return to_rgb(image), label
+            except UNREADABLE as error:
+                message = f"image {index}: {error}"
+                if not self.skip_bad:
+                    raise DataError(f"{message}: mend it, or --skip-bad-images") from None
+                print(f"warning: skipped: {message}", flush=True)
+        raise DataError("no image can be read")
 
 
 class Loader:

@@ -1487,7 +1487,7 @@ TRAIN_MISTAKES = [  # flags, and a word that the line must hold
     ("--student deit_tiny_patch16_224.in1k", "only deit_tiny_patch16_224.fb_in1k"),
     ("--data {0}/absent", "absent/train"),
     ("--data {0}/one --method none", "two or more"),
-    ("--data {0}/differ --method none", "only one has ['b', 'c']"),
+    ("--data {0}/differ --method none", "not in both: ['b', 'c']"),
     ("--data {0}/corrupt --method none", "0.png"),
     ("--data {0}/heic --method none", "heic/train/b holds no .jpg, .png, ..., only ['"),
     ("--data {0}/bomb --method none", "exceeds limit"),

@@ -604,9 +604,9 @@ def fail(message):
     """One line on stderr and exit status 2."""
     if RANK > 0:
         time.sleep(10)  # the first process speaks, and torchrun then stops all
-    # An error of a data worker arrives as a traceback, whose last line is the message.
-    *_, line = str(message).splitlines()
-    print(f"error: {line.removeprefix('data.DataError: ')}", file=sys.stderr, flush=True)
+    # An error of a data worker arrives as a traceback, which ends with the message.
+    *_, text = str(message).rpartition("data.DataError: ")
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

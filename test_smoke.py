@@ -435,11 +435,16 @@ def test_choose_layers_of_the_papers(first, last, depth, layers):
     assert models.choose_layers(first, last, depth) == layers
 
 
-def test_learn_adds_up_the_parts_of_a_batch(tmp_path):
+def test_learn_adds_up_the_parts_of_a_batch(tmp_path, monkeypatch):
+    """And tells the method how far the training is."""
+    seen = []
+    progress = property(lambda self: 0, lambda self, value: seen.append(value))
+    monkeypatch.setattr(losses.NoKD, "progress", progress)
     for accum in "12":
         train(tmp_path / accum, *TINY, "--method none --epochs 1 --accum", accum)
     (one,), (two,) = log_of(tmp_path / "1"), log_of(tmp_path / "2")
     assert two["terms"] == pytest.approx(one["terms"], rel=1e-4)
+    assert seen[:4] == [0, 0.25, 0.5, 0.75]
 
 
 @pytest.mark.parametrize("variant, count", [
@@ -634,14 +639,6 @@ def test_training_batches_do_not_depend_on_processes(repeats):
     assert len({*map(tuple, np.concatenate(whole))}) == 96  # no (image, repeat) twice
     assert np.array_equal(whole[2:], batches_of(epoch=2, start=2))
     assert not np.array_equal(whole, batches_of(epoch=3))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_evaluation_batches_hold_every_image_once(world):
-    batches = []
-    for rank in range(world):
-        batches += data.evaluation_batches(5, 2, rank=rank, world=world)
-    assert sorted(np.concatenate(batches)[:, 0]) == [0, 1, 2, 3, 4]
 
 
 def test_pad_crop_flip_moves_and_mirrors():

@@ -1275,7 +1275,7 @@ def test_study_is_kept_in_one_file(tmp_path, capsys):
     runs, record = tmp_path / "runs", tmp_path / "study.jsonl"
 
     def gather(source):
-        study.main([str(source), "--out", str(tmp_path)])
+        study.run_program([str(source), "--out", str(tmp_path)])
         return capsys.readouterr().out
 
     for seed in (0, 1):
@@ -1302,7 +1302,7 @@ def test_study_keeps_the_bytes_of_its_records(name, tmp_path):
     recorded = HERE / "results" / name
     record = tmp_path / "study.jsonl"
     shutil.copy(recorded, record)
-    study.main([str(tmp_path)])
+    study.run_program([str(tmp_path)])
     assert record.read_bytes() == recorded.read_bytes()
 
 
@@ -1314,12 +1314,12 @@ def test_study_differences(tmp_path, capsys):
             log = epochs(*[50] * 9, top1)
             make_run(tmp_path / f"{name}-{seed}", log=log, seed=seed)
     make_run(tmp_path / "unlike-5", log=epochs(30, 40), seed=5)
-    study.main([str(tmp_path), "--less", "soft"])
+    study.run_program([str(tmp_path), "--less", "soft"])
     table = capsys.readouterr().out
     gain = "+3.00 +- 2.31 (2, 3) | +4.00 +- 1.00 (2) | +0.40 +- 0.10 (2)"
     assert f"| last | 2 | 83.00 87.00 | 85.00 +- 2.83 | {gain} |" in table
     assert "unlike" not in table  # of another setup: only if asked for
-    study.main([str(tmp_path), "--less", "soft", "unlike"])
+    study.run_program([str(tmp_path), "--less", "soft", "unlike"])
     assert "| unlike | 1 | 40.00 | 40.00 +- nan | -42.00 +- nan (1, 3) |" in capsys.readouterr().out
 
 
@@ -1334,7 +1334,7 @@ OWN_IMAGES = HERE / "results/own_images/study.jsonl"
 def test_study_answers_a_mistake_in_one_line(flags, text, expected, tmp_path, capsys):
     if text:
         (tmp_path / "study.jsonl").write_text(text)
-    assert expected in refusal(capsys, study.main, [str(tmp_path), *flags])
+    assert expected in refusal(capsys, train_kd.main, [str(tmp_path), *flags], study.run_program)
 
 
 def test_speed_adds_up(tmp_path, capsys):

@@ -26,8 +26,9 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from analyze import save
-from models import ModelError, read_config
-from train_kd import UserError, fail
+import train_kd
+from models import read_config, write
+from train_kd import UserError
 
 
 # ---------- Records: the lines of study.jsonl
@@ -63,10 +64,7 @@ def write_study(records, path):
     for record in records:
         own = {key: value for key, value in record["settings"].items() if key not in common}
         text += json.dumps({**record, "settings": own}) + "\n"
-    # Whole or not at all: the folders of the runs may be gone.
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write(path, text.encode())  # whole or not at all: the folders of the runs may be gone
 
 
 def five_digits(text):
@@ -374,20 +372,17 @@ def study(source, out, less):
     draw_head_start(runs, out / "head_start.png")
 
 
-def main(argv=None):
+def run_program(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = train_kd.fail
     parser.add_argument("source", type=Path, help="a folder of runs, or of a study.jsonl")
     parser.add_argument("--out", type=Path, help="for study.jsonl and figures (default: source)")
     parser.add_argument("--less", nargs="+", default=[], metavar="NAME",
                         help="the run to compare with, and which (default: all of its setup)")
     args = parser.parse_args(argv)
-    try:
-        study(args.source, args.out or args.source, args.less)
-    except (UserError, ModelError, OSError) as error:
-        fail(error)
+    study(args.source, args.out or args.source, args.less)
 
 
 if __name__ == "__main__":
-    main()
+    train_kd.main(program=run_program)

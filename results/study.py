@@ -261,7 +261,7 @@ def style(label):
     }
 
 
-def draw_panels(panels, xlabel, path, zero=None, ylim=None):
+def draw_panels(panels, xlabel, path, zero=None, **limits):
     """Mean and standard deviation of the seeds. panels: {title: {label: {x: runs}}}. On the log
     axis x 0 has its place at `zero`."""
     figure = Figure(figsize=(2 + 3.4 * len(panels), 4.8))
@@ -280,7 +280,7 @@ def draw_panels(panels, xlabel, path, zero=None, ylim=None):
                 means.append(np.mean(ends))
                 spreads.append(deviation(ends))
             axes.errorbar(places, means, spreads, label=label, **style(label))
-        axes.set(xscale="log", xlabel=xlabel, title=title, ylim=ylim)
+        axes.set(xscale="log", xlabel=xlabel, title=title, **limits)
     axes.set_xticks(list(ticks), ticks.values())
     axes.xaxis.minorticks_off()
     row[0].set_ylabel("validation top-1 (%), mean +- std of seeds")
